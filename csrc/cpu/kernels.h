@@ -1,0 +1,20 @@
+// What one instruction set offers, and the choice among them.
+//
+// forward.cpp, backward.cpp, decode.cpp are compiled once per instruction set, each time with LCATTN_ISA
+// naming the namespace, so that no function compiled for one processor is ever linked into another's path.
+#pragma once
+
+#include "../common/problem.h"
+
+namespace lcattn::cpu {
+
+struct Kernels {
+  const char* isa;
+  bool (*supported)();
+  void (*forward)(const Problem&, const Parallel&);
+  void (*backward)(const Problem&, const Gradients&, const Parallel&);
+};
+
+extern const Kernels kAvx512, kAvx2, kPortable;
+
+}  // namespace lcattn::cpu
