@@ -1,0 +1,174 @@
+// Rows of a tensor to and from padded float32 tiles, whatever the dtype, strides and head dim.
+//
+// A tile is row-major [kBlock][padded_dim(D)] with zeros from column D on. rows_of() reads float32
+// with dim stride 1 where it lies and copies anything else, one tile at a time.
+#pragma once
+
+#include "../common/problem.h"
+#include "simd.h"
+#include "tile_gemm.h"
+
+namespace lcattn::cpu::LCATTN_ISA {
+
+// whole vectors
+constexpr int64_t padded_dim(int64_t dim) { return (dim + kWidth - 1) / kWidth * kWidth; }
+
+LCATTN_INLINE uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+LCATTN_INLINE float from_bfloat16(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+LCATTN_INLINE float from_float16(uint16_t x) {
+  const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, body = x & 0x7fff;
+  uint32_t bits = sign | ((body << 13) + 0x38000000);
+  if (body >= 0x7c00) bits = sign | 0x7f800000 | (body << 13);
+  float y;
+  std::memcpy(&y, &bits, 4);
+  // subnormal: a multiple of 2^-24
+  if (body < 0x400) y = (sign ? -1.0f : 1.0f) * static_cast<float>(body) * 5.9604644775390625e-8f;
+  return y;
+}
+
+// round to nearest even, subnormals too
+LCATTN_INLINE uint16_t to_float16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (bits >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
+  if (bits < 0x38800000) {
+    // adding 0.5 leaves the multiple of 2^-24 in the low bits, rounded by the addition
+    float size;
+    std::memcpy(&size, &bits, 4);
+    size += 0.5f;
+    std::memcpy(&bits, &size, 4);
+    return static_cast<uint16_t>(sign | (bits - 0x3f000000));
+  }
+  bits += 0xfff + ((bits >> 13) & 1);
+  return static_cast<uint16_t>(sign | ((bits - 0x38000000) >> 13));
+}
+
+// element index of a dtype
+LCATTN_INLINE float load_element(const void* data, int64_t index, DType dtype) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[index];
+  const uint16_t half = static_cast<const uint16_t*>(data)[index];
+  return dtype == DType::kBFloat16 ? from_bfloat16(half) : from_float16(half);
+}
+
+LCATTN_INLINE void store_element(void* data, int64_t index, DType dtype, float x) {
+  if (dtype == DType::kFloat32) {
+    static_cast<float*>(data)[index] = x;
+  } else {
+    static_cast<uint16_t*>(data)[index] =
+        dtype == DType::kBFloat16 ? to_bfloat16(x) : to_float16(x);
+  }
+}
+
+// kWidth contiguous elements from an index on
+LCATTN_INLINE Vec load_vector(const void* data, int64_t index, DType dtype) {
+  if (dtype == DType::kFloat32) return load(static_cast<const float*>(data) + index);
+  const uint16_t* half = static_cast<const uint16_t*>(data) + index;
+  if (dtype == DType::kBFloat16) return load_bfloat16(half);
+#if defined(__AVX2__)
+  return load_float16(half);
+#else
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = from_float16(half[i]);
+  return v;
+#endif
+}
+
+LCATTN_INLINE int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// where row `row` of (b, head) starts
+LCATTN_INLINE char* row_address(const View& view, DType dtype, int64_t b, int64_t head,
+                                int64_t row) {
+  const int64_t index = b * view.batch + head * view.head + row * view.row;
+  return static_cast<char*>(view.data) + index * element_bytes(dtype);
+}
+
+// `count` rows of `dim` elements, times factor, to float32 rows of padded_dim(dim)
+inline void copy_rows(const View& view, DType dtype, int64_t b, int64_t head, int64_t row,
+                      int64_t count, int64_t dim, float factor, float* tile) {
+  const int64_t stride = padded_dim(dim), whole = view.dim == 1 ? dim / kWidth * kWidth : 0;
+  const Vec factors = broadcast(factor);
+  for (int64_t r = 0; r < count; ++r) {
+    const char* from = row_address(view, dtype, b, head, row + r);
+    float* to = tile + r * stride;
+    for (int64_t d = 0; d < whole; d += kWidth) {
+      store(to + d, load_vector(from, d, dtype) * factors);
+    }
+    for (int64_t d = whole; d < dim; ++d) {
+      to[d] = load_element(from, d * view.dim, dtype) * factor;
+    }
+    for (int64_t d = dim; d < stride; ++d) to[d] = 0.0f;
+  }
+}
+
+// Rows as they lie where that is possible (float32, dim stride 1 and, if whole vectors of a row are
+// to be read, whole vectors in a row), otherwise copied to `tile` [count][padded_dim(dim)].
+inline Rows rows_of(const View& view, DType dtype, int64_t b, int64_t head, int64_t row,
+                    int64_t count, int64_t dim, bool whole_vectors, float* tile) {
+  if (dtype == DType::kFloat32 && view.dim == 1 && (!whole_vectors || dim % kWidth == 0)) {
+    return {reinterpret_cast<const float*>(row_address(view, dtype, b, head, row)), view.row};
+  }
+  copy_rows(view, dtype, b, head, row, count, dim, 1.0f, tile);
+  return {tile, padded_dim(dim)};
+}
+
+// The transpose of `count` <= kBlock rows, times factor: tile [dim][kBlock], zeros from column
+// count on.
+inline void copy_transposed(const View& view, DType dtype, int64_t b, int64_t head, int64_t row,
+                            int64_t count, int64_t dim, float factor, float* tile) {
+  // kWidth rows at a time, so that the writes of one column fall into one line
+  for (int64_t first = 0; first < kBlock; first += kWidth) {
+    for (int r = 0; r < kWidth; ++r) {
+      float* to = tile + first + r;
+      if (first + r >= count) {
+        for (int64_t d = 0; d < dim; ++d) to[d * kBlock] = 0.0f;
+        continue;
+      }
+      const char* from = row_address(view, dtype, b, head, row + first + r);
+      const int64_t whole = view.dim == 1 ? dim / kWidth * kWidth : 0;
+      for (int64_t d = 0; d < whole; d += kWidth) {
+        const Vec v = load_vector(from, d, dtype) * broadcast(factor);
+        for (int i = 0; i < kWidth; ++i) to[(d + i) * kBlock] = v[i];
+      }
+      for (int64_t d = whole; d < dim; ++d) {
+        to[d * kBlock] = load_element(from, d * view.dim, dtype) * factor;
+      }
+    }
+  }
+}
+
+// float32 rows, times the row's factor unless factors is null, to `count` rows of a tensor
+inline void store_rows(const View& view, DType dtype, int64_t b, int64_t head, int64_t row,
+                       int64_t count, int64_t dim, const float* tile, int64_t stride,
+                       const float* factors) {
+  for (int64_t r = 0; r < count; ++r) {
+    char* to = row_address(view, dtype, b, head, row + r);
+    const float* from = tile + r * stride;
+    const float factor = factors ? factors[r] : 1.0f;
+    if (dtype == DType::kFloat32 && view.dim == 1) {
+      float* out = reinterpret_cast<float*>(to);
+      for (int64_t d = 0; d < dim; ++d) out[d] = from[d] * factor;
+    } else if (dtype == DType::kBFloat16 && view.dim == 1) {
+      uint16_t* out = reinterpret_cast<uint16_t*>(to);
+      for (int64_t d = 0; d < dim; ++d) out[d] = to_bfloat16(from[d] * factor);
+    } else {
+      for (int64_t d = 0; d < dim; ++d) store_element(to, d * view.dim, dtype, from[d] * factor);
+    }
+  }
+}
+
+}  // namespace lcattn::cpu::LCATTN_ISA
