@@ -1,0 +1,31 @@
+"""The compiled part: build info, the CPU instruction set, test hooks. Importing it registers torch.ops.lcattn.
+
+import torch comes first: the extension links against a library that torch loads.
+"""
+
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    version: str
+    compiler: str
+    torch_target: str  # the oldest torch it runs with
+    torch_headers: str  # the torch it was compiled against
+    isas: list[str]  # instruction sets compiled in, fastest first
+    cuda: str | None  # the CUDA release it was compiled with, None without CUDA kernels
+    sanitize: bool  # AddressSanitizer and UBSan compiled in
+
+def build_info() -> BuildInfo: ...
+def cpu_isas() -> list[str]:
+    """The instruction sets that this build and this processor support, fastest first."""
+
+def cpu_isa() -> str:
+    """The instruction set in use."""
+
+def set_cpu_isa(name: str) -> None:
+    """Uses `name`, one of cpu_isas(), from the next call on, in all threads; "auto" is the fastest.
+
+    Raises ValueError for any other name.
+    """
+
+def poison_scratch(on: bool) -> None:
+    """While on, kernels fill their scratch with NaN before they use it, so that a read of what was never written shows."""

@@ -1,0 +1,1 @@
+"""Block-sparse relative-position attention across chunk boundaries."""

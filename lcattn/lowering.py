@@ -1,0 +1,461 @@
+"""From a layout to the block table that kernels walk, in O(entries) time and memory.
+
+The grid of blocks is classed top-down: a rectangle of blocks in which nothing can be visible is dropped, one in which
+everything is becomes full runs, any other is split in four. What is still mixed at one block is a tile; tiles whose
+layouts promise equal bits (`Layout.tile_key`) are evaluated once. The same full rectangles and tiles give the
+transposed table.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Context, Layout
+
+# tiles evaluated at once: 1024 of 64 x 64 int64 coordinates are 32 MB
+_TILES_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """A lowered layout. Bt in {1, B}, Ht in {1, H}; P phases; block sizes block_q x block_k.
+
+    Row r of (b, h) has, for phase f, the full runs entries[seg_ptr[2f] : seg_ptr[2f + 1]] as (first block, count) and the
+    tiled entries [seg_ptr[2f + 1] : seg_ptr[2f + 2]] as (block, tile). Bits outside T x S are unspecified: kernels
+    cut at the lengths themselves.
+
+    Attributes:
+        seg_ptr: [Bt, Ht, n_q_blocks, 2 P + 1] int32, by query block; entries: [n, 2] int32, naming key blocks.
+        seg_ptr_t: [Bt, Ht, n_k_blocks, 2 P + 1] int32, by key block; entries_t: [n_t, 2] int32, naming query blocks.
+        mask_tiles: [n_tiles, block_q, ceil(block_k / 32)] int32, bit j % 32 of word [i, j / 32].
+    """
+
+    seg_ptr: Tensor
+    entries: Tensor
+    seg_ptr_t: Tensor
+    entries_t: Tensor
+    mask_tiles: Tensor
+    block_q: int
+    block_k: int
+
+    def to(self, device: torch.device | str) -> BlockTable:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return BlockTable(**{n: v.to(device) if isinstance(v, Tensor) else v for n, v in moved.items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all five tensors, in bytes."""
+        tensors = (getattr(self, f.name) for f in fields(self))
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+    def n_pairs(self) -> int:
+        """How many (query block, key block) pairs the table visits, over all of Bt, Ht and phases."""
+        return int(_run_lengths(self.seg_ptr, self.entries).sum())
+
+    def to_dense(self, T: int, S: int, phase: int | None = None) -> Tensor:
+        """The pattern, [Bt, Ht, T, S] bool, of one phase or of all joined; for tests and pictures, O(T * S)."""
+        Bt, Ht, n_rows, width = self.seg_ptr.shape
+        n_cols = -(-S // self.block_k)
+        dense = torch.zeros(Bt, Ht, n_rows, n_cols, self.block_q, self.block_k, dtype=torch.bool)
+        shifts = torch.arange(32, dtype=torch.int32)
+        for b, h, r in torch.cartesian_prod(torch.arange(Bt), torch.arange(Ht), torch.arange(n_rows)).tolist():
+            seg = self.seg_ptr[b, h, r].tolist()
+            for f in range(width // 2) if phase is None else (phase,):
+                for block, count in self.entries[seg[2 * f] : seg[2 * f + 1]].tolist():
+                    dense[b, h, r, block : block + count] = True
+                for block, tile in self.entries[seg[2 * f + 1] : seg[2 * f + 2]].tolist():
+                    if block < n_cols:
+                        bits = (self.mask_tiles[tile][..., None] >> shifts) & 1
+                        dense[b, h, r, block] |= bits.flatten(1)[:, : self.block_k].bool()
+        return dense.transpose(3, 4).reshape(Bt, Ht, n_rows * self.block_q, -1)[:, :, :T, :S]
+
+
+def _run_lengths(seg_ptr: Tensor, entries: Tensor) -> Tensor:
+    """Blocks each entry covers: the count of a full run, 1 for a tile."""
+    edges = seg_ptr.reshape(-1, seg_ptr.shape[-1])
+    kind = torch.ones(len(entries), dtype=torch.bool)
+    for f in range(seg_ptr.shape[-1] // 2):
+        starts, ends = edges[:, 2 * f].long(), edges[:, 2 * f + 1].long()
+        inside = torch.zeros(len(entries) + 1, dtype=torch.int32)
+        inside.index_add_(0, starts, torch.ones_like(starts, dtype=torch.int32))
+        inside.index_add_(0, ends, -torch.ones_like(ends, dtype=torch.int32))
+        kind &= inside.cumsum(0)[:-1] == 0
+    return torch.where(kind, 1, entries[:, 1])
+
+
+class _Axis:
+    """One side of the grid: n coordinates, in blocks, with the extent of any aligned power-of-two group of blocks."""
+
+    def __init__(self, n: int, block: int, positions: Tensor | None, start: int) -> None:
+        self.n, self.block, self.positions, self.start = n, block, positions, start
+        self.n_blocks = -(-n // block)
+        self.pyramids: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+
+    def span(self, level: int, node: Tensor) -> tuple[Tensor, Tensor]:
+        """First and last index (inclusive) of each group."""
+        first = node * (self.block << level)
+        return first, (first + (self.block << level) - 1).clamp(max=self.n - 1)
+
+    def coordinates(self, level: int, node: Tensor) -> tuple[Tensor, Tensor]:
+        if self.positions is None:
+            first, last = self.span(level, node)
+            return first + self.start, last + self.start
+        return self.extent("coordinates", self.positions, level, node)
+
+    def extent(self, key: Any, values: Tensor, level: int, node: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and greatest of `values` [n] in each group."""
+        pyramid = self.pyramids.get(key)
+        if pyramid is None:
+            padded = torch.cat([values, values[-1:].expand(self.n_blocks * self.block - self.n)])
+            blocks = padded.reshape(self.n_blocks, self.block)
+            pyramid = self.pyramids[key] = [(blocks.amin(1), blocks.amax(1))]
+        while len(pyramid) <= level:
+            low, high = pyramid[-1]
+            if len(low) % 2:
+                low, high = torch.cat([low, low[-1:]]), torch.cat([high, high[-1:]])
+            pyramid.append((low.reshape(-1, 2).amin(1), high.reshape(-1, 2).amax(1)))
+        low, high = pyramid[level]
+        return low[node], high[node]
+
+    def indices(self, block: Tensor) -> Tensor:
+        """Indices of every element of each block, [len(block), self.block], running past n in the last."""
+        return block[:, None] * self.block + torch.arange(self.block)
+
+    def position_of(self, index: Tensor) -> Tensor:
+        return index + self.start if self.positions is None else self.positions[index.clamp(max=self.n - 1)]
+
+    def steps(self, block: Tensor) -> Tensor:
+        """Whether a block's coordinates step by one, so that its tile keys may be trusted."""
+        if self.positions is None:
+            return torch.ones_like(block, dtype=torch.bool)
+        positions = self.position_of(self.indices(block))
+        return (positions.diff(dim=1) == 1).all(1)
+
+
+class Region:
+    """Rectangles of the grid at one level, as `Layout.bounds` sees them; ranges are inclusive."""
+
+    def __init__(self, grid: _Grid, level: int, q_node: Tensor, k_node: Tensor) -> None:
+        self.grid, self.level, self.q_node, self.k_node = grid, level, q_node, k_node
+        self.q_lo, self.q_hi = grid.q.coordinates(level, q_node)
+        self.k_lo, self.k_hi = grid.k.coordinates(level, k_node)
+        self.q_first, self.q_last = grid.q.span(level, q_node)
+        self.k_first, self.k_last = grid.k.span(level, k_node)
+        self.b, self.h, self.T, self.S = grid.b, grid.h, grid.q.n, grid.k.n
+        self.block_q, self.block_k = grid.q.block, grid.k.block
+
+    @property
+    def identity(self) -> Tensor:
+        return self.q_node * self.grid.k.n_blocks + self.k_node
+
+    @property
+    def max_coordinate(self) -> int:
+        zero = torch.zeros(1, dtype=torch.long)
+        top = max(self.grid.q.n_blocks, self.grid.k.n_blocks).bit_length()
+        return int(max(self.grid.q.coordinates(top, zero)[1], self.grid.k.coordinates(top, zero)[1]))
+
+    def memo(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self.grid.memo:
+            self.grid.memo[key] = make()
+        return self.grid.memo[key]
+
+    def query_extent(self, key: Any, values: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
+        return self.grid.q.extent(key, self.memo(key, lambda: values(self.b)), self.level, self.q_node)
+
+    def key_extent(self, key: Any, values: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
+        return self.grid.k.extent(key, self.memo(key, lambda: values(self.b)), self.level, self.k_node)
+
+
+class _Grid:
+    """The blocks of one (b, h): both axes and what layouts remember while it is classed."""
+
+    def __init__(self, q: _Axis, k: _Axis, b: int, h: int) -> None:
+        self.q, self.k, self.b, self.h = q, k, b, h
+        self.memo: dict[Any, Any] = {}
+
+    def classify(self, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """Full rectangles [n, 4] as (q_block, rows, k_block, columns); mixed blocks as q_block, k_block."""
+        full = [torch.zeros(0, 4, dtype=torch.long)]
+        level = (max(self.q.n_blocks, self.k.n_blocks) - 1).bit_length()
+        q_node = k_node = torch.zeros(1, dtype=torch.long)
+        while True:
+            some, every = layout.bounds(Region(self, level, q_node, k_node))
+            every = every & some
+            if bool(every.any()):
+                q_block, k_block = q_node[every] << level, k_node[every] << level
+                rows = (self.q.n_blocks - q_block).clamp(max=1 << level)
+                columns = (self.k.n_blocks - k_block).clamp(max=1 << level)
+                full.append(torch.stack([q_block, rows, k_block, columns], 1))
+            mixed = some & ~every
+            q_node, k_node = q_node[mixed], k_node[mixed]
+            if level == 0 or not len(q_node):
+                return torch.cat(full), q_node, k_node
+            level -= 1
+            q_node = (q_node[:, None] * 2 + torch.tensor([0, 0, 1, 1])).flatten()
+            k_node = (k_node[:, None] * 2 + torch.tensor([0, 1, 0, 1])).flatten()
+            inside = (q_node << level < self.q.n_blocks) & (k_node << level < self.k.n_blocks)
+            q_node, k_node = q_node[inside], k_node[inside]
+
+    def pack(self, seen: Tensor) -> Tensor:
+        """[n, block_q, block_k] bool as [n, block_q, ceil(block_k / 32)] int32 bits."""
+        words = -(-self.k.block // 32)
+        weights = torch.tensor([1 << i for i in range(31)] + [-(1 << 31)], dtype=torch.int32)
+        seen = torch.nn.functional.pad(seen, (0, words * 32 - self.k.block))
+        return (seen.unflatten(2, (words, 32)) * weights).sum(3, dtype=torch.int32)
+
+    def inside(self, q_block: Tensor, k_block: Tensor) -> Tensor:
+        """Bits of the elements of blocks [n] that lie inside T x S."""
+        inside_q = (self.q.indices(q_block) < self.q.n)[:, :, None]
+        return self.pack(inside_q & (self.k.indices(k_block) < self.k.n)[:, None, :])
+
+    def evaluate(self, layout: Layout, q_block: Tensor, k_block: Tensor) -> Tensor:
+        """Bit tiles [n, block_q, ceil(block_k / 32)] int32 of the given blocks."""
+        tiles = torch.empty(len(q_block), self.q.block, -(-self.k.block // 32), dtype=torch.int32)
+        for at in range(0, len(q_block), _TILES_AT_ONCE):
+            q_idx = self.q.indices(q_block[at : at + _TILES_AT_ONCE])[:, :, None]
+            k_idx = self.k.indices(k_block[at : at + _TILES_AT_ONCE])[:, None, :]
+            ctx = Context(self.b, self.h, self.q.n, self.k.n, q_idx, k_idx)
+            seen = layout.visible(self.q.position_of(q_idx), self.k.position_of(k_idx), ctx)
+            tiles[at : at + _TILES_AT_ONCE] = self.pack(seen.expand(len(q_idx), self.q.block, self.k.block))
+        return tiles
+
+    def tile_ids(self, layout: Layout, q_block: Tensor, k_block: Tensor) -> Tensor:
+        """Ids that agree only where the bits of the blocks agree."""
+        region = Region(self, 0, q_block, k_block)
+        trusted = self.q.steps(q_block) & self.k.steps(k_block)
+        ids = torch.where(trusted, -1, region.identity)
+        for key in layout.tile_key(region):
+            _, key = torch.unique(torch.where(trusted, key, 0), return_inverse=True)
+            _, ids = torch.unique(ids * (key.max() + 1) + key, return_inverse=True)
+        return ids
+
+
+@dataclass
+class _Found:
+    """What classing one (b, h, phase) found: full rectangles, and tiled blocks with their tile numbers."""
+
+    row: int
+    phase: int
+    full: Tensor
+    q_block: Tensor
+    k_block: Tensor
+    tile: Tensor
+
+
+def _find(grid: _Grid, layout: Layout, first_tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Full rectangles, tiled blocks (q_block, k_block, tile number) and the new tiles of one grid."""
+    full, q_block, k_block = grid.classify(layout)
+    words = -(-grid.k.block // 32)
+    if not len(q_block):
+        return full, q_block, k_block, q_block, torch.empty(0, grid.q.block, words, dtype=torch.int32)
+    ids = grid.tile_ids(layout, q_block, k_block)
+    n_ids = int(ids.max()) + 1
+    # a block that the lengths cut is judged by its inside alone, so it stands for itself
+    cut = (q_block == grid.q.n_blocks - 1) & (grid.q.n % grid.q.block != 0)
+    cut |= (k_block == grid.k.n_blocks - 1) & (grid.k.n % grid.k.block != 0)
+    _, ids = torch.unique(torch.where(cut, n_ids + torch.arange(len(ids)), ids), return_inverse=True)
+    of_id = torch.empty(int(ids.max()) + 1, dtype=torch.long).scatter_(0, ids, torch.arange(len(ids)))
+    tiles = grid.evaluate(layout, q_block[of_id], k_block[of_id])
+    whole = torch.ones(1, grid.q.block, grid.k.block, dtype=torch.bool)
+    inside = grid.pack(whole).repeat(len(of_id), 1, 1)
+    inside[cut[of_id]] = grid.inside(q_block[of_id][cut[of_id]], k_block[of_id][cut[of_id]])
+    tiles &= inside
+    empty = (tiles == 0).flatten(1).all(1)[ids]
+    solid = (tiles == inside).flatten(1).all(1)[ids]
+    one = torch.ones_like(q_block)
+    full = torch.cat([full, torch.stack([q_block, one, k_block, one], 1)[solid]])
+    keep = ~empty & ~solid
+    used, tile = torch.unique(ids[keep], return_inverse=True)
+    return full, q_block[keep], k_block[keep], tile + first_tile, tiles[used]
+
+
+def _expand(full: Tensor, transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Rectangles as runs: row, first block, count; adjacent runs of a row are joined by `_merge`."""
+    first, rows, block, count = (full[:, i] for i in ((2, 3, 0, 1) if transpose else (0, 1, 2, 3)))
+    which = torch.repeat_interleave(torch.arange(len(full)), rows)
+    within = torch.arange(len(which)) - torch.repeat_interleave(rows.cumsum(0) - rows, rows)
+    return first[which] + within, block[which], count[which]
+
+
+def _merge(row: Tensor, block: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Joins runs that touch within a row."""
+    if not len(row):
+        return row, block, count
+    order = torch.argsort(row * (int(block.max()) + 1) + block)
+    row, block, count = row[order], block[order], count[order]
+    starts = torch.ones(len(row), dtype=torch.bool)
+    starts[1:] = (row[1:] != row[:-1]) | (block[:-1] + count[:-1] != block[1:])
+    group = starts.cumsum(0) - 1
+    total = torch.zeros(int(group[-1]) + 1, dtype=torch.long).index_add_(0, group, count)
+    return row[starts], block[starts], total
+
+
+def _assemble(found: Sequence[_Found], n_tables: int, n_rows: int, n_phases: int, transpose: bool) -> tuple[Tensor, Tensor]:
+    """seg_ptr [n_tables * n_rows, 2 P + 1] and entries of one direction."""
+    segments, blocks, payloads = [], [], []
+    for part in found:
+        run_row, run_block, run_count = _merge(*_expand(part.full, transpose))
+        tile_row, tile_block = (part.k_block, part.q_block) if transpose else (part.q_block, part.k_block)
+        for kind, (row, block, payload) in enumerate(
+            ((run_row, run_block, run_count), (tile_row, tile_block, part.tile))
+        ):
+            segments.append((part.row * n_rows + row) * (2 * n_phases) + 2 * part.phase + kind)
+            blocks.append(block)
+            payloads.append(payload)
+    segment, block, payload = torch.cat(segments), torch.cat(blocks), torch.cat(payloads)
+    order = torch.argsort(segment * (int(block.max()) + 1 if len(block) else 1) + block)
+    entries = torch.stack([block[order], payload[order]], 1).int()
+    counts = torch.bincount(segment, minlength=n_tables * n_rows * 2 * n_phases)
+    ends = counts.cumsum(0).reshape(-1, 2 * n_phases)
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1, -1]])
+    return torch.cat([starts[:, None], ends], 1).int(), entries.contiguous()
+
+
+def lower(
+    layout: Layout,
+    *,
+    T: int,
+    S: int,
+    phases: Sequence[Layout] = (),
+    batch: int = 1,
+    heads: int = 1,
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
+    block_q: int = 64,
+    block_k: int = 64,
+) -> BlockTable:
+    """Lowers a layout to its block table.
+
+    Args:
+        T, S: query and key counts; rows of the table are query indices from 0.
+        phases: disjoint layouts that split what is visible; none means one phase.
+        batch, heads: B and H, used only where the pattern differs between them.
+        q_pos, k_pos: [B or 1, T] and [B or 1, S] integer coordinates; by default S - T + i and j.
+        block_q, block_k: block sizes.
+    """
+    if T < 1 or S < 1:
+        raise ValueError(f"lower: T and S must be at least 1, got T={T}, S={S}")
+    positions = [None if p is None else p.detach().cpu().long() for p in (q_pos, k_pos)]
+    split = [layout & phase for phase in phases] or [layout]
+    by_position = any(p is not None and p.shape[0] > 1 for p in positions)
+    Bt = batch if by_position or any(part.per_batch for part in split) else 1
+    Ht = heads if any(part.per_head for part in split) else 1
+    found: list[_Found] = []
+    tiles = [torch.empty(0, block_q, -(-block_k // 32), dtype=torch.int32)]
+    n_tiles = 0
+    for b in range(Bt):
+        q_row, k_row = (None if p is None else p[b if p.shape[0] > 1 else 0] for p in positions)
+        for h in range(Ht):
+            grid = _Grid(_Axis(T, block_q, q_row, S - T), _Axis(S, block_k, k_row, 0), b, h)
+            for phase, part in enumerate(split):
+                full, q_block, k_block, tile, new = _find(grid, part, n_tiles)
+                found.append(_Found(b * Ht + h, phase, full, q_block, k_block, tile))
+                tiles.append(new)
+                n_tiles += len(new)
+    mask_tiles, renumber = _unique_tiles(torch.cat(tiles))
+    for part in found:
+        part.tile = renumber[part.tile]
+    n_q, n_k = -(-T // block_q), -(-S // block_k)
+    seg_ptr, entries = _assemble(found, Bt * Ht, n_q, len(split), transpose=False)
+    seg_ptr_t, entries_t = _assemble(found, Bt * Ht, n_k, len(split), transpose=True)
+    return BlockTable(
+        seg_ptr.reshape(Bt, Ht, n_q, -1),
+        entries,
+        seg_ptr_t.reshape(Bt, Ht, n_k, -1),
+        entries_t,
+        mask_tiles,
+        block_q,
+        block_k,
+    )
+
+
+def _unique_tiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct tiles, and for each given one its number among them."""
+    if len(tiles) < 2:
+        return tiles.contiguous(), torch.zeros(len(tiles), dtype=torch.long)
+    seen: dict[bytes, int] = {}
+    number = [seen.setdefault(tile.tobytes(), len(seen)) for tile in tiles.numpy()]
+    renumber = torch.tensor(number)
+    first = torch.full((len(seen),), len(tiles)).scatter_reduce_(0, renumber, torch.arange(len(tiles)), "amin")
+    return tiles[first].contiguous(), renumber
+
+
+class _Cache:
+    """Least-recently-used tables, bounded by their bytes."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes, self.n_bytes = limit_bytes, 0
+        self.tables: OrderedDict[Any, BlockTable] = OrderedDict()
+
+    def get(self, key: Any, make: Callable[[], BlockTable]) -> BlockTable:
+        table = self.tables.get(key)
+        if table is not None:
+            self.tables.move_to_end(key)
+            return table
+        table = make()
+        self.tables[key] = table
+        self.n_bytes += table.nbytes
+        while self.n_bytes > self.limit_bytes and len(self.tables) > 1:
+            self.n_bytes -= self.tables.popitem(last=False)[1].nbytes
+        return table
+
+
+_cache = _Cache(limit_bytes=256 << 20)
+
+
+def _digest(tensor: Tensor | None) -> bytes | None:
+    if tensor is None:
+        return None
+    values = tensor.detach().cpu().contiguous()
+    return hashlib.blake2b(values.numpy().tobytes(), digest_size=16).digest() + str(tuple(values.shape)).encode()
+
+
+@functools.lru_cache(maxsize=4096)
+def _capacity(n: int) -> int:
+    """The power of two at or above n, 64 at least: one table serves all lengths up to it."""
+    return max(64, 1 << (n - 1).bit_length())
+
+
+def cached_table(
+    layout: Layout,
+    phases: tuple[Layout, ...],
+    B: int,
+    H: int,
+    T: int,
+    S: int,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+) -> tuple[BlockTable, int, bool]:
+    """The table of a call, the row in which its first query stands, and whether coordinates stay the defaults.
+
+    A layout that reads coordinates alone, with keys at 0, 1, ... and queries in a run, uses a square table of
+    power-of-two capacity shared by all lengths and by every step of decoding. Anything else is lowered as given and
+    remembered by content.
+    """
+    start = S - T
+    plain = k_pos is None
+    if plain and q_pos is not None:
+        start = int(q_pos[0, 0])
+        plain = q_pos.shape[0] == 1 and bool((q_pos[0] == torch.arange(start, start + T, device=q_pos.device)).all())
+    split = (layout, *phases)
+    if plain and start >= 0 and not any(part.by_index for part in split):
+        n = _capacity(max(S, start + T))
+        key = (tuple(part.spec for part in split), n, H if any(p.per_head for p in split) else 1)
+        return _cache.get(key, lambda: lower(layout, T=n, S=n, phases=phases, heads=H)), start, True
+    if plain and q_pos is None and start < 0:
+        q_pos = torch.arange(start, S)[None]
+    tensors = [t for part in split for t in part.tensors]
+    content = tuple(_digest(t) for t in (*tensors, q_pos, k_pos))
+    key = (tuple(part.spec for part in split), B, H, T, S, content)
+    make = functools.partial(
+        lower, layout, T=T, S=S, phases=phases, batch=B, heads=H, q_pos=q_pos, k_pos=k_pos
+    )
+    return _cache.get(key, make), 0, plain and start == 0
