@@ -4,6 +4,8 @@
 // naming the namespace, so that no function compiled for one processor is ever linked into another's path.
 #pragma once
 
+#include <span>
+
 #include "../common/problem.h"
 
 namespace lcattn::cpu {
@@ -16,5 +18,11 @@ struct Kernels {
 };
 
 extern const Kernels kAvx512, kAvx2, kPortable;
+
+// the tables in this build, fastest first
+std::span<const Kernels* const> compiled();
+
+// test hook, see scratch.h
+extern bool poison_scratch;
 
 }  // namespace lcattn::cpu
