@@ -1,1 +1,44 @@
-"""Block-sparse relative-position attention across chunk boundaries."""
+"""Block-sparse relative-position attention across chunk boundaries, as drop-in torch modules."""
+
+from .api import attention, attention_with_lse, merge
+from .layout import (
+    Blocks,
+    Causal,
+    Chunked,
+    Dilated,
+    Documents,
+    FromBlockMask,
+    FromMaskMod,
+    Full,
+    Global,
+    Layout,
+    PerHead,
+    Random,
+    Window,
+)
+from .position import Alibi, RelativeBias, Rotary, T5Bias
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Alibi",
+    "Blocks",
+    "Causal",
+    "Chunked",
+    "Dilated",
+    "Documents",
+    "FromBlockMask",
+    "FromMaskMod",
+    "Full",
+    "Global",
+    "Layout",
+    "PerHead",
+    "Random",
+    "RelativeBias",
+    "Rotary",
+    "T5Bias",
+    "Window",
+    "attention",
+    "attention_with_lse",
+    "merge",
+]

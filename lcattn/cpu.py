@@ -1,0 +1,131 @@
+"""The CPU backend: lowers a problem to the arguments of the C++ kernels in csrc/cpu."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lowering import BlockTable, cached_table
+from .problem import TERMS, Gradients, Problem
+
+try:
+    _C: Any = importlib.import_module("lcattn._C")
+    _MISSING = None
+except ImportError as error:  # a source tree whose extension was not built
+    _C = None
+    _MISSING = f"the C++ extension is not built ({error}); run `pip install .`"
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_HEAD_DIM, _MAX_PHASES = 256, 4
+
+
+class CpuBackend:
+    """Fused C++ kernels for AVX-512, AVX2 and everything else, chosen at run time."""
+
+    name = "cpu"
+
+    def __init__(self, isa: str | None) -> None:
+        if _C is not None and isa:
+            _C.set_cpu_isa(isa)
+
+    def reject_reason(self, problem: Problem) -> str | None:
+        q = problem.q[0]
+        if _C is None:
+            return _MISSING
+        if q.device.type != "cpu":
+            return f"tensors are on {q.device.type}"
+        if q.dtype not in _DTYPES:
+            return f"dtype is {q.dtype}, expected float32, bfloat16 or float16"
+        if q.shape[3] > _MAX_HEAD_DIM:
+            return f"head dim is {q.shape[3]}, at most {_MAX_HEAD_DIM}"
+        if len(problem.phase_map) > _MAX_PHASES:
+            return f"the position has {len(problem.phase_map)} phases, at most {_MAX_PHASES}"
+        return None
+
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        table, inputs = _inputs(problem)
+        q = problem.q[0]
+        out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32)
+        torch.ops.lcattn.cpu_forward(*inputs[:3], inputs[3], table.seg_ptr, table.entries, *inputs[4:], out, lse)
+        return out, lse
+
+    def backward(
+        self, problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, wanted: frozenset[str]
+    ) -> Gradients:
+        table, inputs = _inputs(problem)
+        grads = {name: [torch.empty_like(t) for t in getattr(problem, name)] for name in ("q", "k", "v")}
+        terms: dict[str, Tensor | None] = dict.fromkeys(TERMS)
+        for name in wanted:
+            dtype = None if name in ("qr", "kr") else torch.float32
+            terms[name] = torch.empty_like(getattr(problem, name), dtype=dtype, memory_format=_format(name))
+        torch.ops.lcattn.cpu_backward(
+            *inputs[:4],
+            table.seg_ptr,
+            table.entries,
+            table.seg_ptr_t,
+            table.entries_t,
+            *inputs[4:],
+            out,
+            lse,
+            dout,
+            None if dlse is None else dlse.float().contiguous(),
+            *grads.values(),
+            *terms.values(),
+        )
+        return Gradients(**{n: tuple(g) for n, g in grads.items()}, **terms)
+
+
+def _format(name: str) -> torch.memory_format:
+    return torch.preserve_format if name in ("qr", "kr") else torch.contiguous_format
+
+
+def _table(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().float().contiguous()
+
+
+def _inputs(problem: Problem) -> tuple[BlockTable, list[Any]]:
+    """The block table, and the kernels' inputs in order: q, k, v, phase_map, mask_tiles, ..., seed."""
+    B, H, _, T, S, _ = problem.sizes
+    table, row_start, default = cached_table(
+        problem.layout, problem.phases, B, H, T, S, problem.q_pos, problem.k_pos
+    )
+    q_pos = k_pos = None
+    if not default or problem.offset_q_pos is not None:
+        q_pos, k_pos = (p.int().contiguous() for p in problem.offset_coordinates())
+    return table, [
+        list(problem.q),
+        list(problem.k),
+        list(problem.v),
+        [at for phase in problem.phase_map for at in phase],
+        table.mask_tiles,
+        row_start,
+        None if problem.key_mask is None else pack_bits(problem.key_mask.expand(B, S)),
+        q_pos,
+        k_pos,
+        problem.scale,
+        problem.softcap,
+        _table(problem.bias),
+        problem.bias_min,
+        _table(problem.slope),
+        _table(problem.rel_key),
+        problem.rel_key_min,
+        _table(problem.rel_query),
+        problem.rel_query_min,
+        problem.qr,
+        problem.kr,
+        _table(problem.sink),
+        problem.dropout,
+        0 if problem.seed is None else int(problem.seed),
+    ]
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """[B, S] bool as [B, ceil(S / 32)] int32, bit j % 32 of word j / 32."""
+    n_words = -(-mask.shape[1] // 32)
+    padded = torch.nn.functional.pad(mask, (0, n_words * 32 - mask.shape[1])).unflatten(1, (n_words, 32))
+    weights = torch.tensor([1 << i for i in range(31)] + [-(1 << 31)], dtype=torch.int32)
+    return (padded * weights).sum(2, dtype=torch.int32)

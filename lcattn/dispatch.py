@@ -1,0 +1,80 @@
+"""Backends in order of preference, and why each rejects a problem.
+
+The environment variables of the project are read here and nowhere else:
+
+    LCATTN_BACKEND   the backend that "auto" means, instead of the first that accepts
+    LCATTN_CPU_ISA   the instruction set of the CPU kernels: avx512, avx2 or portable, instead of the best supported
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+from torch import Tensor
+
+from . import cpu, reference
+from .problem import Gradients, Problem
+
+
+class Backend(Protocol):
+    """What computes a problem."""
+
+    name: str
+
+    def reject_reason(self, problem: Problem) -> str | None:
+        """Why this backend cannot compute the problem here, or None if it can."""
+        ...
+
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """out [B, H, T, D] and lse [B, H, T]."""
+        ...
+
+    def backward(
+        self, problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, wanted: frozenset[str]
+    ) -> Gradients:
+        """Gradients of q, k, v and of the terms named in `wanted`."""
+        ...
+
+
+class _Reference:
+    name = "reference"
+
+    def reject_reason(self, problem: Problem) -> str | None:
+        return None
+
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        return reference.attention(problem)
+
+    def backward(
+        self, problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, wanted: frozenset[str]
+    ) -> Gradients:
+        return reference.gradients(problem, dout, dlse)
+
+
+# what "auto" tries, in this order; the dense reference is only ever used by name
+AUTOMATIC: tuple[Backend, ...] = (cpu.CpuBackend(os.environ.get("LCATTN_CPU_ISA")),)
+BACKENDS: dict[str, Backend] = {b.name: b for b in (*AUTOMATIC, _Reference())}
+
+
+def check_name(name: str) -> str:
+    """The backend asked for, "auto" resolved by the environment; ValueError if there is none of that name."""
+    if name == "auto":
+        name = os.environ.get("LCATTN_BACKEND", "auto")
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(['auto', *BACKENDS])}, got {name!r}")
+    return name
+
+
+def select(problem: Problem, name: str = "auto") -> Backend:
+    """The backend that computes a problem; RuntimeError with every reason if none can, never a silent fallback."""
+    name = check_name(name)
+    candidates = AUTOMATIC if name == "auto" else (BACKENDS[name],)
+    reasons = []
+    for backend in candidates:
+        reason = backend.reject_reason(problem)
+        if reason is None:
+            return backend
+        reasons.append(f"{backend.name}: {reason}")
+    hint = '; backend="reference" computes anything, densely' if name == "auto" else ""
+    raise RuntimeError("no backend can compute this call: " + "; ".join(reasons) + hint)

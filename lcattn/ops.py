@@ -1,0 +1,154 @@
+"""The torch operators `lcattn::attention` and `lcattn::attention_backward`: schemas, fakes, autograd.
+
+An operator takes the layout as its spec string, beside the tensors the layout reads, and lowers it inside its own
+implementation, so that a tracer sees one constant and never a table of data-dependent size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .layout import Layout, from_spec
+from .problem import TERMS, Problem
+
+_INPUTS = (
+    "Tensor[] q, Tensor[] k, Tensor[] v, Tensor? bias, Tensor? slope, Tensor? rel_key, Tensor? rel_query,"
+    " Tensor? qr, Tensor? kr, Tensor? sink, Tensor? key_mask, Tensor? q_pos, Tensor? k_pos, Tensor? offset_q_pos,"
+    " Tensor? offset_k_pos, Tensor? seed, Tensor[] layout_tensors, str layout, int[] phase_map, int bias_min,"
+    " int rel_key_min, int rel_query_min, float scale, float softcap, float dropout, str backend"
+)
+_NAMES = tuple(part.split()[1] for part in _INPUTS.split(", "))
+_N_INPUTS = len(_NAMES)
+_TERMS_AT = _NAMES.index(TERMS[0])
+
+torch.library.define("lcattn::attention", f"({_INPUTS}) -> (Tensor out, Tensor lse)")
+torch.library.define(
+    "lcattn::attention_backward",
+    f"({_INPUTS}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, bool[] wanted) -> Tensor[]",
+)
+
+
+def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """out and lse of a problem, differentiable, on the named backend."""
+    parts = (problem.layout, *problem.phases)
+    values = {
+        **{name: getattr(problem, name, None) for name in _NAMES},
+        "q": list(problem.q),
+        "k": list(problem.k),
+        "v": list(problem.v),
+        "layout": ";".join([part.spec for part in parts]),
+        "layout_tensors": [t for part in parts for t in part.tensors],
+        "phase_map": [at for phase in problem.phase_map for at in phase],
+        "backend": backend,
+    }
+    return torch.ops.lcattn.attention(*values.values())
+
+
+def _layouts(specs: str, tensors: Sequence[Tensor]) -> tuple[Layout, ...]:
+    if not tensors:
+        return _plain_layouts(specs)
+    layouts, at = [], 0
+    for spec in specs.split(";"):
+        n = spec.count("@")
+        layouts.append(from_spec(spec, tensors[at : at + n]))
+        at += n
+    return tuple(layouts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plain_layouts(specs: str) -> tuple[Layout, ...]:
+    return tuple(from_spec(spec) for spec in specs.split(";"))
+
+
+def _problem(inputs: Sequence[Any]) -> Problem:
+    values = dict(zip(_NAMES, inputs, strict=True))
+    layout, *phases = _layouts(values.pop("layout"), values.pop("layout_tensors"))
+    flat = values.pop("phase_map")
+    del values["backend"]
+    for name in ("q", "k", "v"):
+        values[name] = tuple(values[name])
+    phase_map = tuple(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
+    return Problem(**values, layout=layout, phases=tuple(phases), phase_map=phase_map)
+
+
+@torch.library.impl("lcattn::attention", "default")
+def _attention(*inputs: Any) -> tuple[Tensor, Tensor]:
+    problem = _problem(inputs)
+    return dispatch.select(problem, inputs[-1]).forward(problem)
+
+
+@torch.library.register_fake("lcattn::attention")
+def _attention_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+    q = inputs[0][0]
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q.dtype))
+
+
+def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+@torch.library.impl("lcattn::attention_backward", "default")
+def _backward(*inputs: Any) -> list[Tensor]:
+    problem = _problem(inputs[:_N_INPUTS])
+    out, lse, dout, dlse, wanted = inputs[_N_INPUTS:]
+    names = frozenset(name for name, want in zip(TERMS, wanted, strict=True) if want)
+    grads = dispatch.select(problem, inputs[_N_INPUTS - 1]).backward(problem, out, lse, dout, dlse, names)
+    result = [*grads.q, *grads.k, *grads.v]
+    for name in TERMS:
+        grad = getattr(grads, name) if name in names else None
+        result.append(dout.new_empty(0) if grad is None else grad.to(getattr(problem, name).dtype))
+    return result
+
+
+@torch.library.register_fake("lcattn::attention_backward")
+def _backward_fake(*inputs: Any) -> list[Tensor]:
+    dout, wanted = inputs[_N_INPUTS + 2], inputs[-1]
+    result = [torch.empty_like(t) for tensors in inputs[:3] for t in tensors]
+    for term, want in zip(inputs[_TERMS_AT : _TERMS_AT + len(TERMS)], wanted, strict=True):
+        result.append(torch.empty_like(term) if want else dout.new_empty(0))
+    return result
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    q, k, v = inputs[:3]
+    tensors_at = _NAMES.index("layout_tensors")
+    layout_tensors = inputs[tensors_at]
+    ctx.lengths = (len(q), len(k), len(v), len(layout_tensors))
+    ctx.save_for_backward(*q, *k, *v, *inputs[3:tensors_at], *layout_tensors, *output)
+    ctx.rest = inputs[tensors_at + 1 :]
+
+
+def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    n_q, n_k, n_v, n_layout = ctx.lengths
+    *saved, out, lse = ctx.saved_tensors
+    singles_at = n_q + n_k + n_v
+    singles = saved[singles_at : len(saved) - n_layout]
+    lists = [saved[:n_q], saved[n_q : n_q + n_k], saved[n_q + n_k : singles_at]]
+    wanted = list(ctx.needs_input_grad[_TERMS_AT : _TERMS_AT + len(TERMS)])
+    if dout is None and dlse is None:
+        return (None,) * _N_INPUTS
+    grads = torch.ops.lcattn.attention_backward(
+        *lists,
+        *singles,
+        saved[len(saved) - n_layout :],
+        *ctx.rest,
+        out,
+        lse,
+        torch.zeros_like(out) if dout is None else dout,
+        dlse,
+        wanted,
+    )
+    terms = [grad if want else None for grad, want in zip(grads[singles_at:], wanted, strict=True)]
+    by_list = [grads[:n_q], grads[n_q : n_q + n_k], grads[n_q + n_k : singles_at]]
+    between = [None] * (len(singles) - len(terms))
+    return (*by_list, *terms, *between, [None] * n_layout, *[None] * len(ctx.rest))
+
+
+torch.library.register_autograd("lcattn::attention", _autograd, setup_context=_setup_context)

@@ -1,0 +1,158 @@
+"""The dense oracle: a `Problem` computed whole, differentiably, in the dtype of its inputs (float64 for truth)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from .layout import Context
+from .problem import TERMS, Gradients, Problem
+
+
+def philox_words(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox 4x32-10 (Salmon et al. 2011, Random123): four 32-bit words, in int64, for broadcastable 32-bit counters."""
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = (c.long() & low for c in counter)
+    key0, key1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & low) ^ c1 ^ key0,
+            product1 & low,
+            ((product0 >> 32) & low) ^ c3 ^ key1,
+            product0 & low,
+        )
+        key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
+    return c0, c1, c2, c3
+
+
+def dropout_keep(B: int, H: int, T: int, S: int, dropout: float, seed: Tensor) -> Tensor:
+    """Which elements stay, [B, H, T, S] bool: counter (j >> 2, i, h, b), word j & 3, keep iff word >= floor(p 2^32)."""
+    device = seed.device
+    groups = -(-S // 4)
+    counter = (
+        torch.arange(groups, device=device),
+        torch.arange(T, device=device)[:, None],
+        torch.arange(H, device=device)[:, None, None],
+        torch.arange(B, device=device)[:, None, None, None],
+    )
+    words = torch.stack(torch.broadcast_tensors(*philox_words(counter, seed.reshape(()))), -1)
+    return words.reshape(B, H, T, groups * 4)[..., :S] >= math.floor(dropout * 2**32)
+
+
+def visible(problem: Problem) -> list[Tensor]:
+    """Visibility of each phase, [B, H, T, S] bool, key_mask included."""
+    B, H, _, T, S, _ = problem.sizes
+    device = problem.q[0].device
+    q_pos, k_pos = problem.coordinates()
+    ctx = Context(
+        torch.arange(B, device=device)[:, None, None, None],
+        torch.arange(H, device=device)[:, None, None],
+        T,
+        S,
+        torch.arange(T, device=device)[:, None],
+        torch.arange(S, device=device),
+    )
+    q_pos, k_pos = q_pos[:, None, :, None], k_pos[:, None, None, :]
+    seen = problem.layout.visible(q_pos, k_pos, ctx).expand(B, H, T, S)
+    if problem.key_mask is not None:
+        seen = seen & problem.key_mask[:, None, None, :]
+    return [seen & phase.visible(q_pos, k_pos, ctx) for phase in problem.phases] or [seen]
+
+
+def scores(problem: Problem) -> list[Tensor]:
+    """Scores of each phase before masking, [B, H, T, S]."""
+    B, H, G, T, S, _ = problem.sizes
+    q_pos, k_pos = problem.offset_coordinates()
+    offset = k_pos[:, :, None, None, :] - q_pos[:, :, None, :, None]
+
+    def at(phase: int) -> Tensor:
+        return offset[phase if len(offset) > 1 else 0]
+
+    def index(phase: int, low: int, length: int) -> Tensor:
+        return (at(phase) - low).clamp(0, length - 1).expand(B, H, T, S)
+
+    def per_query_head(x: Tensor) -> Tensor:
+        return x.repeat_interleave(H // G, dim=1)
+
+    result = []
+    for f, (q_at, k_at, _) in enumerate(problem.phase_map):
+        content = problem.q[q_at] @ per_query_head(problem.k[k_at]).mT
+        if problem.rel_key is not None and problem.qr is not None:
+            by_offset = problem.qr @ problem.rel_key.to(content.dtype).mT
+            content = content + by_offset.gather(3, index(f, problem.rel_key_min, by_offset.shape[3]))
+        if problem.rel_query is not None and problem.kr is not None:
+            by_offset = per_query_head(problem.kr) @ problem.rel_query.to(content.dtype).mT
+            keyed = index(f, problem.rel_query_min, by_offset.shape[3]).mT
+            content = content + by_offset.gather(3, keyed).mT
+        score = content * problem.scale
+        if problem.bias is not None:
+            bias = problem.bias[f if problem.bias.shape[0] > 1 else 0].to(score.dtype).expand(H, -1)
+            which = index(f, problem.bias_min, bias.shape[1])
+            score = score + bias[torch.arange(H, device=bias.device)[:, None, None], which]
+        if problem.slope is not None:
+            score = score + problem.slope.to(score.dtype)[:, None, None] * at(f).abs()
+        if problem.softcap:
+            score = problem.softcap * torch.tanh(score / problem.softcap)
+        result.append(score)
+    return result
+
+
+def weights(problem: Problem) -> tuple[list[Tensor], Tensor]:
+    """Softmax weights of each phase, [B, H, T, S], before dropout, and lse [B, H, T] (float32 at least)."""
+    B, H, _, T, S, _ = problem.sizes
+    seen = torch.cat(visible(problem), 3)
+    score = torch.cat(scores(problem), 3)
+    # rows that see nothing are computed as if they saw zeros, then erased, so that no gradient meets an infinity
+    some = seen.any(3, keepdim=True)
+    if problem.sink is not None:
+        some = torch.ones_like(some)
+    score = torch.where(some, score.masked_fill(~seen, -math.inf), 0)
+    if problem.sink is not None:
+        sink = problem.sink.to(score.dtype)[:, None, None].expand(B, H, T, 1)
+        score = torch.cat([score, sink], 3)
+    lse = torch.logsumexp(score if score.dtype == torch.float64 else score.float(), 3)
+    lse = torch.where(some[..., 0], lse, -math.inf)
+    p = torch.softmax(score, 3)[..., : seen.shape[3]] * seen
+    return list(p.split(S, 3)), lse
+
+
+def attention(problem: Problem) -> tuple[Tensor, Tensor]:
+    """out [B, H, T, D] and lse [B, H, T] of a problem; memory O(B H T S)."""
+    B, H, G, T, S, _ = problem.sizes
+    phases, lse = weights(problem)
+    if problem.dropout:
+        assert problem.seed is not None
+        keep = dropout_keep(B, H, T, S, problem.dropout, problem.seed)
+        phases = [p * keep / (1 - problem.dropout) for p in phases]
+    out = torch.zeros_like(problem.q[0])
+    for p, (_, _, v_at) in zip(phases, problem.phase_map, strict=True):
+        out = out + p @ problem.v[v_at].repeat_interleave(H // G, dim=1)
+    return out, lse
+
+
+def gradients(problem: Problem, dout: Tensor, dlse: Tensor | None) -> Gradients:
+    """Gradients of sum(dout * out) + sum(dlse * lse), by autograd through `attention`."""
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().requires_grad_()
+
+    lists = {name: tuple(map(leaf, getattr(problem, name))) for name in ("q", "k", "v")}
+    terms = {n: leaf(t) for n in TERMS if (t := getattr(problem, n)) is not None}
+    with torch.enable_grad():
+        out, lse = attention(dataclasses.replace(problem, **lists, **terms))
+        total = (out * dout).sum()
+        if dlse is not None:
+            # an empty row's lse is a constant, whatever gradient arrives
+            total = total + torch.where(lse.isfinite(), lse * dlse, 0).sum()
+    leaves = [t for name in ("q", "k", "v") for t in lists[name]] + list(terms.values())
+    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    filled = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
+    result, at = {}, 0
+    for name in ("q", "k", "v"):
+        result[name] = tuple(filled[at : at + len(lists[name])])
+        at += len(lists[name])
+    return Gradients(**result, **dict(zip(terms, filled[at:], strict=True)))
