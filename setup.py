@@ -1,4 +1,4 @@
-"""Builds lcattn._C: the CPU kernels once per instruction set, the CUDA kernels if there is an nvcc, the bindings.
+"""Builds lcattn._C: CPU kernels once per instruction set, CUDA kernels if there is an nvcc, and the bindings.
 
 Only headers and one library of torch are needed, so torch is found without being imported: an isolated build
 uses the torch of the environment it installs into and downloads none. Read at build time:
@@ -29,7 +29,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 # the oldest torch whose stable ABI has all we call: major in the top byte, minor in the next
 TORCH_TARGET = (2, 10)
-# only for an environment without any torch: pinned, since a newer one may want a compiler or Python we do not have
+# only for an environment without any torch
 TORCH_PIN = "torch==2.13.0"
 SANITIZE = os.environ.get("LCATTN_SANITIZE") == "1"
 
@@ -138,8 +138,8 @@ def ninja_file(folder: Path, torch: Torch, version: str) -> str:
         f"  command = {cxx} -MMD -MF $out.d {common} $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
-        # an inline function of std compiled for AVX-512 must never stand in for the portable copy of it, so the
-        # objects of one instruction set become one object that shows nothing but its own namespace
+        # an inline function of std compiled for AVX-512 must never stand in for the portable copy of it, so
+        # the objects of one instruction set become one object that shows nothing but its own namespace
         "rule isolate",
         f"  command = {cxx} -r -nostdlib -Wl,--force-group-allocation -o $out.all $in && "
         "objcopy --wildcard --keep-global-symbol='_ZN6lcattn3cpu$isa*' $out.all $out && rm $out.all",
@@ -191,7 +191,8 @@ class NinjaBuild(build_ext):
         torch = find_torch()
         if torch is None:
             raise SystemExit(
-                f"building lcattn needs torch {TORCH_TARGET[0]}.{TORCH_TARGET[1]} or newer: `pip install {TORCH_PIN}`"
+                f"building lcattn needs torch {TORCH_TARGET[0]}.{TORCH_TARGET[1]} or newer: "
+                f"pip install {TORCH_PIN}"
             )
         # one folder per Python and kind of build; relative to the sources, also when pip builds in isolation
         kind = f"{sysconfig.get_config_var('SOABI')}{'-sanitize' if SANITIZE else ''}"

@@ -121,7 +121,8 @@ const Tensor& expect(const Tensor& tensor, const char* name, ScalarType dtype,
   std::string want = text(dtype) + " [";
   for (const Size& size : sizes) {
     want += (&size == sizes.begin() ? "" : ", ");
-    want += (size.value == -1 ? "any" : std::to_string(size.value)) + (size.or_one ? " or 1" : "");
+    want += (size.value == -1 ? "any" : std::to_string(size.value)) +
+            (size.or_one && size.value != 1 ? " or 1" : "");
   }
   throw std::runtime_error(std::string("lcattn: ") + name + " must be " + want + "]" +
                            (contiguous ? ", contiguous" : "") + ", on the CPU; got " +

@@ -1,4 +1,4 @@
-"""The compiled part: build info, the CPU instruction set, test hooks. Importing it registers torch.ops.lcattn.
+"""The compiled part: build info, the CPU instruction set, test hooks. Importing it registers the operators.
 
 import torch comes first: the extension links against a library that torch loads.
 """
@@ -28,4 +28,4 @@ def set_cpu_isa(name: str) -> None:
     """
 
 def poison_scratch(on: bool) -> None:
-    """While on, kernels fill their scratch with NaN before they use it, so that a read of what was never written shows."""
+    """While on, kernels fill scratch with NaN before they use it: a read of what was never written shows."""
