@@ -91,8 +91,8 @@ def scores(problem: Problem) -> list[Tensor]:
         score = content * problem.scale
         if problem.bias is not None:
             bias = problem.bias[f if problem.bias.shape[0] > 1 else 0].to(score.dtype).expand(H, -1)
-            which = index(f, problem.bias_min, bias.shape[1])
-            score = score + bias[torch.arange(H, device=bias.device)[:, None, None], which]
+            which = index(f, problem.bias_min, bias.shape[1]).flatten(2)
+            score = score + bias.expand(B, H, -1).gather(2, which).unflatten(2, (T, S))
         if problem.slope is not None:
             score = score + problem.slope.to(score.dtype)[:, None, None] * at(f).abs()
         if problem.softcap:
