@@ -21,7 +21,7 @@ extern bool poison_scratch;
 
 namespace LCATTN_ISA {
 
-enum ScratchUse { kCallScratch, kWorkerScratch, kScratchUses };
+enum ScratchUse { kCallScratch, kSharedScratch, kWorkerScratch, kScratchUses };
 
 constexpr int64_t kScratchAlign = 64;
 

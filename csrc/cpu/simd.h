@@ -7,8 +7,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -26,6 +27,7 @@ constexpr int kWidth = 4;
 
 typedef float Vec __attribute__((vector_size(kWidth * 4)));
 typedef int32_t IVec __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t UVec __attribute__((vector_size(kWidth * 4)));
 
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
@@ -68,14 +70,36 @@ LCATTN_INLINE Vec gather(const float* base, IVec index) {
   return _mm512_mask_i32gather_ps(zero(), kAllLanes, (__m512i)index, base, 4);
 }
 LCATTN_INLINE Vec to_float(IVec v) { return _mm512_maskz_cvtepi32_ps(kAllLanes, (__m512i)v); }
-LCATTN_INLINE float reduce_add(Vec v) { return _mm512_reduce_add_ps(v); }
-LCATTN_INLINE float reduce_max(Vec v) { return _mm512_reduce_max_ps(v); }
+LCATTN_INLINE Vec swap_halves(Vec v) {
+  return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+LCATTN_INLINE Vec swap_quarters(Vec v) {
+  return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+}
+LCATTN_INLINE float reduce_add(Vec v) {
+  v = v + swap_halves(v);
+  v = v + swap_quarters(v);
+  return (v[0] + v[2]) + (v[1] + v[3]);
+}
+LCATTN_INLINE float reduce_max(Vec v) {
+  v = max(v, swap_halves(v));
+  v = max(v, swap_quarters(v));
+  const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+  return a > b ? a : b;
+}
 
 LCATTN_INLINE Mask mask_from_bits(uint32_t bits) { return static_cast<Mask>(bits); }
 LCATTN_INLINE uint32_t bits_from_mask(Mask mask) { return mask; }
 LCATTN_INLINE Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 LCATTN_INLINE Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 LCATTN_INLINE Vec select(Mask mask, Vec yes, Vec no) { return _mm512_mask_mov_ps(no, mask, yes); }
+
+LCATTN_INLINE uint32_t bits_at_least(UVec v, uint32_t bound) {
+  return _mm512_cmpge_epu32_mask((__m512i)v, _mm512_set1_epi32(static_cast<int32_t>(bound)));
+}
+LCATTN_INLINE Vec reverse(Vec v) {
+  return __builtin_shufflevector(v, v, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+}
 
 LCATTN_INLINE Vec load_bfloat16(const uint16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -123,6 +147,11 @@ LCATTN_INLINE Mask equal(Vec a, Vec b) { return a == b; }
 LCATTN_INLINE Vec select(Mask mask, Vec yes, Vec no) {
   return _mm256_blendv_ps(no, yes, (__m256)mask);
 }
+
+LCATTN_INLINE uint32_t bits_at_least(UVec v, uint32_t bound) {
+  return bits_from_mask((Mask)(v >= (UVec)broadcast(static_cast<int32_t>(bound))));
+}
+LCATTN_INLINE Vec reverse(Vec v) { return __builtin_shufflevector(v, v, 7, 6, 5, 4, 3, 2, 1, 0); }
 
 LCATTN_INLINE Vec load_bfloat16(const uint16_t* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -184,6 +213,11 @@ LCATTN_INLINE Mask less(Vec a, Vec b) { return a < b; }
 LCATTN_INLINE Mask equal(Vec a, Vec b) { return a == b; }
 LCATTN_INLINE Vec select(Mask mask, Vec yes, Vec no) { return mask ? yes : no; }
 
+LCATTN_INLINE uint32_t bits_at_least(UVec v, uint32_t bound) {
+  return bits_from_mask((Mask)(v >= (UVec)broadcast(static_cast<int32_t>(bound))));
+}
+LCATTN_INLINE Vec reverse(Vec v) { return __builtin_shufflevector(v, v, 3, 2, 1, 0); }
+
 LCATTN_INLINE Vec load_bfloat16(const uint16_t* p) {
   IVec v;
   for (int i = 0; i < kWidth; ++i) v[i] = static_cast<int32_t>(static_cast<uint32_t>(p[i]) << 16);
@@ -197,6 +231,29 @@ LCATTN_INLINE IVec abs(IVec v) { return max(v, -v); }
 LCATTN_INLINE Vec zero_unless(Mask mask, Vec v) { return select(mask, v, zero()); }
 LCATTN_INLINE IVec clamp(IVec v, int32_t low, int32_t high) {
   return min(max(v, broadcast(low)), broadcast(high));
+}
+
+template <int kGroup, int... kLane>
+LCATTN_INLINE Vec add_halves(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  const Vec low = __builtin_shufflevector(a, b, (kLane / kGroup * 2 * kGroup + kLane % kGroup)...);
+  const Vec high =
+      __builtin_shufflevector(a, b, (kLane / kGroup * 2 * kGroup + kLane % kGroup + kGroup)...);
+  return low + high;
+}
+
+// lane i of the result is the sum of the lanes of v[i]; v is used up
+template <int kCount = kWidth>
+LCATTN_INLINE Vec reduce_add_each(Vec* v) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount / 2; ++i) {
+    v[i] =
+        add_halves<kCount / 2>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, kWidth>{});
+  }
+  if constexpr (kCount > 2) {
+    return reduce_add_each<kCount / 2>(v);
+  } else {
+    return v[0];
+  }
 }
 
 // lanes 0 .. count - 1
@@ -255,5 +312,21 @@ LCATTN_INLINE Vec tanh(Vec x) {
   const IVec sign = (IVec)x & broadcast(INT32_MIN);
   return select(less(size, broadcast(0.625f)), near, (Vec)((IVec)far | sign));
 }
+
+// While it lives, results too small for a normal float become 0: products with subnormals are slow,
+// and exponentials far below their row's maximum would be subnormal. Inputs are read as they are.
+class FlushSubnormals {
+#if defined(__SSE2__)
+ public:
+  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8000); }
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+
+ private:
+  uint32_t saved_;
+#else
+ public:
+  FlushSubnormals() {}
+#endif
+};
 
 }  // namespace lcattn::cpu::LCATTN_ISA

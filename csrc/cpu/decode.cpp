@@ -1,0 +1,305 @@
+// Attention of few queries over many keys, the same formula as forward.cpp.
+//
+// Here reading K and V is what costs, so the query rows of all heads of one kv head go over a key
+// block together, and every block is read once. A unit is the rows that share one list of key
+// blocks: a kv head's (or one head's, if the table has a list for each), within one row of the
+// table. Its list is cut into parts, a part has one owner, and whoever finishes the last part of a
+// unit merges them, in their order. Scores are [row][key], keys are the lanes.
+#include "decode.h"
+
+#include "dropout.h"
+#include "partial.h"
+#include "schedule.h"
+#include "scores.h"
+
+namespace lcattn::cpu::LCATTN_ISA {
+namespace {
+
+// a part is at least so many key blocks; there are about so many parts for each thread
+constexpr int64_t kMinPart = 8;
+constexpr int64_t kPartsPerThread = 4;
+
+struct Unit {
+  int64_t b, g, head, n_heads, query, n_queries;
+  const int32_t* table;
+  // the table's row within its tiles that `query` stands in
+  int64_t tile_row;
+  int64_t n_blocks, first_part, n_parts;
+  int64_t unfinished;
+
+  int64_t rows() const { return n_heads * n_queries; }
+  int64_t head_of(int64_t row) const { return head + row / n_queries; }
+  int64_t query_of(int64_t row) const { return query + row % n_queries; }
+};
+
+// the running softmax of a unit's rows over one part
+class DecodeTile {
+ public:
+  static int64_t scratch_bytes(const Problem& p) {
+    return padded<float>(kDecodeRows * padded_dim(p.D)) + padded<float>(kDecodeRows * kBlock) +
+           2 * padded<float>(kBlock * padded_dim(p.D)) + ScoreTerms<false>::scratch_bytes(p);
+  }
+
+  DecodeTile(const Problem& p, Scratch& scratch)
+      : p_(p),
+        stride_(padded_dim(p.D)),
+        queries_(scratch.take<float>(kDecodeRows * stride_)),
+        scores_(scratch.take<float>(kDecodeRows * kBlock)),
+        key_rows_(scratch.take<float>(kBlock * stride_)),
+        value_rows_(scratch.take<float>(kBlock * stride_)),
+        terms_(p, kLog2e, true, scratch) {
+    has_terms_ = p.bias.data || p.slope || p.rel_key.data || p.rel_query.data;
+  }
+
+  void begin(const Unit& unit, float* out, float* row_max, float* row_sum) {
+    unit_ = &unit;
+    out_ = out, row_max_ = row_max, row_sum_ = row_sum;
+    packed_ = -1;
+    for (int64_t r = 0; r < unit.rows(); ++r) {
+      row_max_[r] = -kInf, row_sum_[r] = 0.0f;
+      for (int64_t d = 0; d < stride_; d += kWidth) store(out_ + r * stride_ + d, zero());
+    }
+  }
+
+  void visit(int phase, int64_t k_block, int64_t tile) {
+    const Unit& unit = *unit_;
+    const int64_t key = k_block * kBlock;
+    const int64_t n_k = p_.S - key < kBlock ? p_.S - key : kBlock;
+    const uint64_t word = key_word(p_, unit.b, key);
+    uint64_t seen[kDecodeRows], any = 0;
+    for (int64_t r = 0; r < unit.rows(); ++r) {
+      seen[r] = word & (tile < 0 ? ~uint64_t{0} : tile_bits(tile, r % unit.n_queries));
+      any |= seen[r];
+    }
+    if (any == 0) return;
+
+    pack_queries(phase);
+    const Rows keys =
+        rows_of(p_.k[p_.k_of[phase]], p_.dtype, unit.b, unit.g, key, n_k, p_.D, true, key_rows_);
+    for (int64_t r = 0; r < unit.rows(); ++r) dots(keys, n_k, r);
+    if (has_terms_) add_terms(phase, key, n_k);
+    for (int64_t r = 0; r < unit.rows(); ++r) exponentials(r, seen[r]);
+    if (p_.dropout > 0.0f) drop(key);
+    const Rows values =
+        rows_of(p_.v[p_.v_of[phase]], p_.dtype, unit.b, unit.g, key, n_k, p_.D, true, value_rows_);
+    const Memory out = {out_, stride_};
+    product(AlongDepth{scores_, kBlock}, values, n_k, 0, unit.rows(), 0, stride_ / kWidth,
+            out.start(), out.finish());
+  }
+
+ private:
+  uint64_t tile_bits(int64_t tile, int64_t query) const {
+    const int32_t* words =
+        p_.mask_tiles + (tile * kBlock + unit_->tile_row + query) * (kBlock / 32);
+    return static_cast<uint32_t>(words[0]) | static_cast<uint64_t>(static_cast<uint32_t>(words[1]))
+                                                 << 32;
+  }
+
+  void pack_queries(int phase) {
+    if (p_.q_of[phase] == packed_) return;
+    packed_ = p_.q_of[phase];
+    for (int64_t n = 0; n < unit_->n_heads; ++n) {
+      copy_rows(p_.q[packed_], p_.dtype, unit_->b, unit_->head + n, unit_->query, unit_->n_queries,
+                p_.D, p_.scale * kLog2e, queries_ + n * unit_->n_queries * stride_);
+    }
+  }
+
+  // scores of one row; lanes from key n_k on are whatever, and masked
+  void dots(Rows keys, int64_t n_k, int64_t row) {
+    const float* query = queries_ + row * stride_;
+    float* to = scores_ + row * kBlock;
+    int64_t first = 0;
+    for (; first + kWidth <= n_k; first += kWidth) {
+      Vec sums[kWidth];
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) sums[i] = zero();
+      for (int64_t d = 0; d < stride_; d += kWidth) {
+        const Vec part = load(query + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) {
+          sums[i] = fma(part, load(keys.data + (first + i) * keys.stride + d), sums[i]);
+        }
+      }
+      store(to + first, reduce_add_each(sums));
+    }
+    for (int64_t k = first; k < kBlock; ++k) {
+      to[k] = k < n_k ? dot(query, keys.data + k * keys.stride, stride_) : 0.0f;
+    }
+  }
+
+  void add_terms(int phase, int64_t key, int64_t n_k) {
+    terms_.set_keys(unit_->b, unit_->g, phase, key, n_k);
+    for (int64_t n = 0; n < unit_->n_heads; ++n) {
+      terms_.set_queries(unit_->b, unit_->head + n, phase, unit_->query, unit_->n_queries);
+      terms_.add(scores_ + n * unit_->n_queries * kBlock);
+    }
+  }
+
+  // scores become exponentials; out and row_sum are brought to the new maximum
+  void exponentials(int64_t row, uint64_t seen) {
+    float* at = scores_ + row * kBlock;
+    const float cap = p_.softcap * kLog2e;
+    Vec largest = broadcast(-kInf);
+    for (int64_t lane = 0; lane < kBlock; lane += kWidth) {
+      Vec score = load(at + lane);
+      if (cap > 0.0f) score = soft_cap(score, cap);
+      const Mask mask = mask_from_bits(static_cast<uint32_t>(seen >> lane));
+      score = select(mask, score, broadcast(-kInf));
+      store(at + lane, score);
+      largest = max(largest, score);
+    }
+    const float old_max = row_max_[row], tile_max = reduce_max(largest);
+    const float new_max = tile_max > old_max ? tile_max : old_max;
+    const float reference = new_max == -kInf ? 0.0f : new_max;
+    Vec sum = zero();
+    for (int64_t lane = 0; lane < kBlock; lane += kWidth) {
+      const Vec value = exp2(load(at + lane) - broadcast(reference));
+      store(at + lane, value);
+      sum = sum + value;
+    }
+    row_max_[row] = new_max;
+    if (new_max == old_max) {
+      row_sum_[row] += reduce_add(sum);
+      return;
+    }
+    const float factor = exp2_scalar(old_max - reference);
+    row_sum_[row] = row_sum_[row] * factor + reduce_add(sum);
+    float* out = out_ + row * stride_;
+    for (int64_t d = 0; d < stride_; d += kWidth) {
+      store(out + d, load(out + d) * broadcast(factor));
+    }
+  }
+
+  void drop(int64_t key) {
+    BitTile kept;
+    for (int64_t n = 0; n < unit_->n_heads; ++n) {
+      kept_bits(p_, unit_->b, unit_->head + n, unit_->query, unit_->n_queries, key, kept);
+      for (int64_t q = 0; q < unit_->n_queries; ++q) {
+        float* at = scores_ + (n * unit_->n_queries + q) * kBlock;
+        for (int64_t k = 0; k < kBlock; ++k) at[k] = kept.row[k] >> q & 1 ? at[k] : 0.0f;
+      }
+    }
+  }
+
+  const Problem& p_;
+  const int64_t stride_;
+  float *queries_, *scores_, *key_rows_, *value_rows_;
+  ScoreTerms<false> terms_;
+  bool has_terms_;
+  const Unit* unit_ = nullptr;
+  float *out_ = nullptr, *row_max_ = nullptr, *row_sum_ = nullptr;
+  int packed_ = -1;
+};
+
+class Decode {
+ public:
+  Decode(const Problem& p, const Parallel& parallel) : p_(p), parallel_(parallel) {
+    const int64_t first = p.row_start / kBlock;
+    n_table_rows_ = (p.row_start + p.T - 1) / kBlock - first + 1;
+    // one list of key blocks for all heads of a kv head
+    shared_ = p.by_query.heads <= p.G;
+    n_groups_ = shared_ ? p.G : p.H;
+    n_units_ = p.B * n_groups_ * n_table_rows_;
+  }
+
+  void run() {
+    const int64_t n_threads = parallel_.n_threads > 0 ? parallel_.n_threads : 1;
+    int64_t total = 0;
+    for (int64_t u = 0; u < n_units_; ++u) total += count_key_blocks(p_, unit(u).table);
+    int64_t limit = total / (kPartsPerThread * n_threads);
+    if (limit < kMinPart) limit = kMinPart;
+    if (n_threads == 1) limit = INT64_MAX;
+    int64_t n_parts = 0;
+    for (int64_t u = 0; u < n_units_; ++u) {
+      n_parts += parts(count_key_blocks(p_, unit(u).table), limit);
+    }
+    Scratch scratch(kCallScratch, padded<Unit>(n_units_) + padded<float>(n_parts * part_size()));
+    units_ = scratch.take<Unit>(n_units_);
+    parts_ = scratch.take<float>(n_parts * part_size());
+    n_parts_ = 0;
+    for (int64_t u = 0; u < n_units_; ++u) {
+      units_[u] = unit(u);
+      units_[u].n_blocks = count_key_blocks(p_, units_[u].table);
+      units_[u].first_part = n_parts_;
+      units_[u].n_parts = units_[u].unfinished = parts(units_[u].n_blocks, limit);
+      n_parts_ += units_[u].n_parts;
+    }
+    // threads cost more than they bring where there is little to read
+    const int64_t useful = (total + kMinPart - 1) / kMinPart;
+    int64_t n_workers = n_parts_ < n_threads ? n_parts_ : n_threads;
+    if (useful < n_workers) n_workers = useful > 0 ? useful : 1;
+    run_workers(parallel_, n_workers, *this);
+  }
+
+  // one worker
+  void operator()() {
+    const FlushSubnormals flush;
+    Scratch scratch(kWorkerScratch,
+                    DecodeTile::scratch_bytes(p_) + padded<float>(padded_dim(p_.D)));
+    DecodeTile tile(p_, scratch);
+    float* row_scratch = scratch.take<float>(padded_dim(p_.D));
+    int64_t u = 0;
+    for (int64_t part; (part = queue_.take(1)) < n_parts_;) {
+      while (part >= units_[u].first_part + units_[u].n_parts) ++u;
+      Unit& unit = units_[u];
+      float* out = parts_ + part * part_size();
+      float* row_max = out + kDecodeRows * padded_dim(p_.D);
+      tile.begin(unit, out, row_max, row_max + kDecodeRows);
+      const int64_t n = part - unit.first_part;
+      for_each_key_block(
+          p_, unit.table, n * unit.n_blocks / unit.n_parts, (n + 1) * unit.n_blocks / unit.n_parts,
+          [&tile](int phase, int64_t k_block, int64_t mask) { tile.visit(phase, k_block, mask); });
+      if (__atomic_sub_fetch(&unit.unfinished, 1, __ATOMIC_ACQ_REL) > 0) continue;
+      for (int64_t r = 0; r < unit.rows(); ++r) {
+        finish_row(
+            p_, unit.b, unit.head_of(r), unit.query_of(r), r, unit.n_parts,
+            [&](int64_t index) { return part_at(unit.first_part + index); }, row_scratch);
+      }
+    }
+  }
+
+ private:
+  static int64_t parts(int64_t blocks, int64_t limit) {
+    return blocks <= limit ? 1 : (blocks + limit - 1) / limit;
+  }
+
+  int64_t part_size() const { return kDecodeRows * (padded_dim(p_.D) + 2); }
+
+  Partial part_at(int64_t part) const {
+    const float* out = parts_ + part * part_size();
+    const float* row_max = out + kDecodeRows * padded_dim(p_.D);
+    return {out, padded_dim(p_.D), row_max, row_max + kDecodeRows};
+  }
+
+  // without its parts
+  Unit unit(int64_t index) const {
+    const int64_t n_heads = shared_ ? p_.H / p_.G : 1;
+    const int64_t group = index / n_table_rows_ % n_groups_;
+    const int64_t table_row = p_.row_start / kBlock + index % n_table_rows_;
+    const int64_t top = table_row * kBlock - p_.row_start;
+    Unit unit = {};
+    unit.b = index / n_table_rows_ / n_groups_;
+    unit.head = group * n_heads;
+    unit.g = unit.head / (p_.H / p_.G);
+    unit.n_heads = n_heads;
+    unit.query = top > 0 ? top : 0;
+    unit.n_queries = (top + kBlock < p_.T ? top + kBlock : p_.T) - unit.query;
+    unit.tile_row = unit.query - top;
+    unit.table = p_.by_query.row(unit.b, unit.head, p_.H, table_row, p_.P);
+    return unit;
+  }
+
+  const Problem& p_;
+  const Parallel& parallel_;
+  int64_t n_table_rows_, n_groups_, n_units_, n_parts_ = 0;
+  bool shared_;
+  Unit* units_ = nullptr;
+  float* parts_ = nullptr;
+  WorkQueue queue_;
+};
+
+}  // namespace
+
+void decode(const Problem& p, const Parallel& parallel) { Decode(p, parallel).run(); }
+
+}  // namespace lcattn::cpu::LCATTN_ISA

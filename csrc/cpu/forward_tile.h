@@ -1,0 +1,334 @@
+// One query block of one head against one key block after another, with a running softmax.
+//
+// Scores are held transposed, [key][query], in units of log2: queries are the lanes, so row maxima
+// and sums are vectors and never reduced across lanes, K rows are read in place as the broadcast
+// operand, and V rows in place as the vectors of out += P V. Nothing but Q, once a block, is
+// packed.
+//
+//   visit():  S^T = K Q^T  ->  P^T = exp2(S^T - row_max)  ->  row_sum += P^T,  out += P V
+//
+// row_max is a reference, not the maximum: while no exponential of a tile exceeds kLargest,
+// exponents are taken in the epilogue of K Q^T and nothing is rescaled. A tile that does, the first
+// tile of a row, and terms beyond bias and slope on unit steps take the slower way, which stores
+// the scores first. In masked tiles, register blocks that no query sees are skipped, in both
+// products.
+#pragma once
+
+#include "dropout.h"
+#include "load.h"
+#include "mask.h"
+#include "scores.h"
+#include "scratch.h"
+#include "tile_gemm.h"
+
+namespace lcattn::cpu::LCATTN_ISA {
+
+// exponentials up to this size are safe to sum over any number of keys
+constexpr float kLargest = 4294967296.0f;
+
+struct QueryBlock {
+  int64_t b, h, g;
+  // first query and number of queries; row of the table's tiles that the first one stands in
+  int64_t query, count, shift;
+};
+
+// keys as rows; which blocks of the two products hold anything
+struct TileMask {
+  BitTile by_key;
+  // queries that each strip of keys is seen by, keys that each strip of queries sees
+  Extent of_keys[kStrips], of_queries[kStrips];
+};
+
+template <bool kMasked>
+struct Exponentials {
+  const float* strip;
+  const float* row_max;
+  const BitTile* by_key;
+  float* tile_sum;
+  float* tile;
+
+  template <int R, int C>
+  LCATTN_INLINE void operator()(const Acc<R, C>& acc, int64_t row, int64_t vector) const {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      const int64_t lane = (vector + c) * kWidth;
+      const Vec reference = load(row_max + lane);
+      Vec sum = load(tile_sum + lane);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec score = acc.at[r][c] + load(strip + (kBlock - 1) - (row + r) + lane);
+        Vec value = exp2(score - reference);
+        if constexpr (kMasked) {
+          const uint64_t bits = by_key->row[row + r] >> lane;
+          value = zero_unless(mask_from_bits(static_cast<uint32_t>(bits)), value);
+        }
+        sum = sum + value;
+        store(tile + (row + r) * kBlock + lane, value);
+      }
+      store(tile_sum + lane, sum);
+    }
+  }
+};
+
+class ForwardTile {
+ public:
+  static int64_t scratch_bytes(const Problem& p) {
+    const int64_t rows = padded<float>(kBlock * padded_dim(p.D));
+    return 3 * rows + padded<float>(kBlock * p.D) + padded<float>(kTile) +
+           3 * padded<float>(kBlock) + padded<TileMask>(kCachedMasks + 1) +
+           ScoreTerms<true>::scratch_bytes(p);
+  }
+
+  ForwardTile(const Problem& p, Scratch& scratch)
+      : p_(p),
+        out_stride_(padded_dim(p.D)),
+        out_(scratch.take<float>(kBlock * out_stride_)),
+        queries_(scratch.take<float>(kBlock * p.D)),
+        tile_(scratch.take<float>(kTile)),
+        key_rows_(scratch.take<float>(kBlock * out_stride_)),
+        value_rows_(scratch.take<float>(kBlock * out_stride_)),
+        row_max_(scratch.take<float>(kBlock)),
+        row_sum_(scratch.take<float>(kBlock)),
+        tile_sum_(scratch.take<float>(kBlock)),
+        masks_(scratch.take<TileMask>(kCachedMasks + 1)),
+        terms_(p, kLog2e, false, scratch) {
+    for (int m = 0; m < kCachedMasks; ++m) cached_tile_[m] = -1;
+  }
+
+  const float* out() const { return out_; }
+  const float* row_max() const { return row_max_; }
+  const float* row_sum() const { return row_sum_; }
+
+  void begin(const QueryBlock& block) {
+    if (block.shift != block_.shift) {
+      for (int m = 0; m < kCachedMasks; ++m) cached_tile_[m] = -1;
+    }
+    block_ = block;
+    vectors_ = (block.count + kWidth - 1) / kWidth;
+    phase_ = packed_ = -1;
+    started_ = false;
+    all_started_ = false;
+    for (int64_t r = 0; r < kBlock; ++r) row_max_[r] = -kInf, row_sum_[r] = 0.0f;
+    for (int64_t d = 0; d < kBlock * out_stride_; d += kWidth) store(out_ + d, zero());
+  }
+
+  // tile: of the table, or -1 for a block that is seen whole
+  void visit(int phase, int64_t k_block, int64_t tile) {
+    const int64_t key = k_block * kBlock;
+    if (key >= p_.S) return;
+    const int64_t n_k = p_.S - key < kBlock ? p_.S - key : kBlock;
+    const uint64_t word = key_word(p_, block_.b, key);
+    const bool whole = tile < 0 && word == low_bits(n_k);
+    const TileMask* mask = whole ? nullptr : find_mask(tile, word);
+    if (!whole && mask == nullptr) return;
+
+    set_phase(phase);
+    terms_.set_keys(block_.b, block_.g, phase, key, n_k);
+    const Rows keys = rows_of(p_.k[p_.k_of[phase]], p_.dtype, block_.b, block_.g, key, n_k, p_.D,
+                              false, key_rows_);
+    const bool simple = terms_.only_strip() && p_.softcap == 0.0f;
+    if (!(simple && all_started_ && exponentials(keys, n_k, mask))) {
+      exponentials_after_scores(keys, n_k, mask);
+    }
+    if (p_.dropout > 0.0f) drop(key, n_k);
+    const Rows values = rows_of(p_.v[p_.v_of[phase]], p_.dtype, block_.b, block_.g, key, n_k, p_.D,
+                                true, value_rows_);
+    accumulate(values, n_k, mask);
+    started_ = true;
+  }
+
+ private:
+  static constexpr int kCachedMasks = 8;
+
+  void set_phase(int phase) {
+    if (phase == phase_) return;
+    phase_ = phase;
+    terms_.set_queries(block_.b, block_.h, phase, block_.query, block_.count);
+    if (p_.q_of[phase] == packed_) return;
+    packed_ = p_.q_of[phase];
+    // [D][kBlock]
+    copy_transposed(p_.q[packed_], p_.dtype, block_.b, block_.h, block_.query, block_.count, p_.D,
+                    p_.scale * kLog2e, queries_);
+  }
+
+  static void fill_mask(BitTile& by_query, uint64_t word, TileMask& mask) {
+    for (int r = 0; r < kBlock; ++r) by_query.row[r] &= word;
+    find_extents(by_query, mask.of_queries);
+    mask.by_key = by_query;
+    transpose(mask.by_key);
+    find_extents(mask.by_key, mask.of_keys);
+  }
+
+  // null if nothing is visible
+  const TileMask* find_mask(int64_t tile, uint64_t word) {
+    BitTile bits;
+    TileMask* mask = masks_ + kCachedMasks;
+    const bool cacheable = word == ~uint64_t{0};
+    const int64_t at = tile % kCachedMasks;
+    if (cacheable && cached_tile_[at] == tile) {
+      mask = masks_ + at;
+    } else {
+      if (tile >= 0) {
+        load_bits(p_, tile, block_.shift, bits);
+      } else {
+        for (int r = 0; r < kBlock; ++r) bits.row[r] = ~uint64_t{0};
+      }
+      if (cacheable) {
+        mask = masks_ + at;
+        cached_tile_[at] = tile;
+      }
+      fill_mask(bits, word, *mask);
+    }
+    for (int s = 0; s * kTileRows < block_.count; ++s) {
+      if (mask->of_queries[s].end > 0) return mask;
+    }
+    return nullptr;
+  }
+
+  // S^T into `finish`, register blocks that nobody sees left out
+  template <typename Finish, typename Skip>
+  LCATTN_INLINE void scores(Rows keys, int64_t n_k, const TileMask* mask, const Finish& finish,
+                            const Skip& skip) {
+    int64_t step = n_k, first = 0, end = vectors_;
+    for (int64_t row = 0; row < n_k; row += step) {
+      if (mask != nullptr) {
+        const Extent extent = mask->of_keys[row / kTileRows];
+        step = n_k - row < kTileRows ? n_k - row : kTileRows;
+        first = extent.first / kWidth;
+        end = (extent.end + kWidth - 1) / kWidth;
+        if (end > vectors_) end = vectors_;
+        if (first > end) first = end;
+        skip(row, step, 0, first);
+        skip(row, step, end, vectors_);
+      }
+      product(AlongDepth{keys.data, keys.stride}, Rows{queries_, kBlock}, p_.D, row, step, first,
+              end - first, StartAtZero{}, finish);
+    }
+  }
+
+  template <bool kMasked>
+  __attribute__((noinline)) void exponentials_of(Rows keys, int64_t n_k, const TileMask* mask,
+                                                 const float* strip) {
+    const Exponentials<kMasked> finish = {strip, row_max_, kMasked ? &mask->by_key : nullptr,
+                                          tile_sum_, tile_};
+    scores(keys, n_k, kMasked ? mask : nullptr, finish,
+           [this](int64_t row, int64_t rows, int64_t first, int64_t end) {
+             for (int64_t r = row; r < row + rows; ++r) {
+               for (int64_t v = first; v < end; ++v) store(tile_ + r * kBlock + v * kWidth, zero());
+             }
+           });
+  }
+
+  // false, with nothing changed, if an exponential was too large
+  bool exponentials(Rows keys, int64_t n_k, const TileMask* mask) {
+    for (int64_t v = 0; v < vectors_; ++v) store(tile_sum_ + v * kWidth, zero());
+    const float* strip = terms_.strip();
+    if (mask == nullptr) {
+      exponentials_of<false>(keys, n_k, mask, strip);
+    } else {
+      exponentials_of<true>(keys, n_k, mask, strip);
+    }
+    for (int64_t v = 0; v < vectors_; ++v) {
+      const uint32_t fine = bits_from_mask(less(load(tile_sum_ + v * kWidth), broadcast(kLargest)));
+      const uint32_t rows = bits_from_mask(first_lanes(block_.count - v * kWidth));
+      if ((fine & rows) != rows) return false;
+    }
+    for (int64_t v = 0; v < vectors_; ++v) {
+      float* sum = row_sum_ + v * kWidth;
+      store(sum, load(sum) + load(tile_sum_ + v * kWidth));
+    }
+    return true;
+  }
+
+  __attribute__((noinline)) void exponentials_after_scores(Rows keys, int64_t n_k,
+                                                           const TileMask* mask) {
+    const Memory tile = {tile_, kBlock};
+    scores(keys, n_k, mask, tile.finish(), [](int64_t, int64_t, int64_t, int64_t) {});
+    const bool only_strip = terms_.only_strip();
+    const float* strip = only_strip ? terms_.strip() : nullptr;
+    if (!only_strip) terms_.add(tile_);
+    const float cap = p_.softcap * kLog2e;
+
+    bool all_started = true;
+    for (int64_t v = 0; v < vectors_; ++v) {
+      const int64_t lane = v * kWidth;
+      const Vec old_max = load(row_max_ + lane);
+      Vec new_max = old_max;
+      for (int64_t r = 0; r < n_k; ++r) {
+        Vec score = load(tile_ + r * kBlock + lane);
+        if (strip) score = score + load(strip + (kBlock - 1) - r + lane);
+        if (cap > 0.0f) score = soft_cap(score, cap);
+        if (mask) {
+          const Mask seen = mask_from_bits(static_cast<uint32_t>(mask->by_key.row[r] >> lane));
+          score = select(seen, score, broadcast(-kInf));
+        }
+        store(tile_ + r * kBlock + lane, score);
+        new_max = max(new_max, score);
+      }
+      const Mask empty = equal(new_max, broadcast(-kInf));
+      const Vec reference = select(empty, zero(), new_max);
+      const Vec factor = exp2(old_max - reference);
+      Vec sum = zero();
+      for (int64_t r = 0; r < n_k; ++r) {
+        float* at = tile_ + r * kBlock + lane;
+        const Vec value = exp2(load(at) - reference);
+        sum = sum + value;
+        store(at, value);
+      }
+      store(row_max_ + lane, new_max);
+      store(row_sum_ + lane, fma(load(row_sum_ + lane), factor, sum));
+      store(tile_sum_ + lane, factor);
+      const uint32_t rows = bits_from_mask(first_lanes(block_.count - lane));
+      if (bits_from_mask(empty) & rows) all_started = false;
+    }
+    all_started_ = all_started;
+    if (!started_) return;
+    for (int64_t q = 0; q < block_.count; ++q) {
+      const Vec factor = broadcast(tile_sum_[q]);
+      float* row = out_ + q * out_stride_;
+      for (int64_t d = 0; d < out_stride_; d += kWidth) store(row + d, load(row + d) * factor);
+    }
+  }
+
+  void drop(int64_t key, int64_t n_k) {
+    BitTile kept;
+    kept_bits(p_, block_.b, block_.h, block_.query, block_.count, key, kept);
+    for (int64_t r = 0; r < n_k; ++r) {
+      for (int64_t v = 0; v < vectors_; ++v) {
+        float* at = tile_ + r * kBlock + v * kWidth;
+        const uint32_t bits = static_cast<uint32_t>(kept.row[r] >> (v * kWidth));
+        store(at, zero_unless(mask_from_bits(bits), load(at)));
+      }
+    }
+  }
+
+  // out += P V
+  __attribute__((noinline)) void accumulate(Rows values, int64_t n_k, const TileMask* mask) {
+    const Memory out = {out_, out_stride_};
+    int64_t step = block_.count, first = 0, end = n_k;
+    for (int64_t row = 0; row < block_.count; row += step) {
+      if (mask != nullptr) {
+        const Extent extent = mask->of_queries[row / kTileRows];
+        step = block_.count - row < kTileRows ? block_.count - row : kTileRows;
+        first = extent.first;
+        end = extent.end;
+      }
+      product(AlongRows{tile_ + first * kBlock, kBlock}, values.from(first), end - first, row, step,
+              0, out_stride_ / kWidth, out.start(), out.finish());
+    }
+  }
+
+  const Problem& p_;
+  const int64_t out_stride_;
+  float *out_, *queries_, *tile_, *key_rows_, *value_rows_, *row_max_, *row_sum_, *tile_sum_;
+  TileMask* masks_;
+  int64_t cached_tile_[kCachedMasks];
+  ScoreTerms<true> terms_;
+  QueryBlock block_ = {};
+  int64_t vectors_ = 0;
+  int phase_ = -1, packed_ = -1;
+  // something was accumulated; every query has seen a key
+  bool started_ = false, all_started_ = false;
+};
+
+}  // namespace lcattn::cpu::LCATTN_ISA
