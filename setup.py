@@ -102,6 +102,14 @@ def cuda_arch_flags(nvcc: Path) -> str:
     return " ".join([*flags, f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
 
 
+def cuda_link_flags(nvcc: Path) -> str:
+    """nvcc may be a script or a link: only it knows where its toolkit lies."""
+    plan = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
+    libs = [Path(top.group(1)).resolve() / name for name in ("lib64", "lib")] if top else []
+    return " ".join([*(f"-L{lib}" for lib in libs if lib.is_dir()), "-lcudart_static -ldl -lrt -lpthread"])
+
+
 def write_if_changed(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() or path.read_text() != text:
@@ -175,8 +183,7 @@ def ninja_file(folder: Path, torch: Torch, version: str) -> str:
         for source in cuda_sources:
             lines.append(f"build cuda/{source.stem}.o: nvcc {source}")
             objects.append(f"cuda/{source.stem}.o")
-        libs = [nvcc.resolve().parent.parent / name for name in ("lib64", "lib")]
-        link += "".join(f" -L{lib}" for lib in libs if lib.is_dir()) + " -lcudart_static -ldl -lrt -lpthread"
+        link += f" {cuda_link_flags(nvcc)}"
 
     objects.append(compile_cxx(ROOT / "csrc/bindings.cpp", "bindings.o", " ".join(bindings)))
     lines += [f"build _C.so: link {' '.join(objects)}", f"  flags = {link}", "default _C.so", ""]
@@ -202,7 +209,8 @@ class NinjaBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            subprocess.run([*ninja, "-C", folder, "-j", jobs], check=True)
+            if subprocess.run([*ninja, "-C", folder, "-j", jobs]).returncode:
+                raise SystemExit("lcattn did not compile; the compiler's messages are above")
             target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             # a running Python keeps the old file mapped, so replace it rather than write into it
