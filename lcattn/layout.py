@@ -548,12 +548,13 @@ def _reads_batch_and_head(mask_mod: Callable[..., Any]) -> tuple[bool, bool]:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     try:
-        zero = torch.zeros((), dtype=torch.long)
-        graph = make_fx(mask_mod)(zero, zero, torch.zeros(2, 1, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)).graph
+        # distinct tensors, or the tracer would take b and h for one
+        b, h, q_idx, k_idx = (torch.zeros(shape, dtype=torch.long) for shape in ((), (), (2, 1), (1, 2)))
+        graph = make_fx(mask_mod)(b, h, q_idx, k_idx).graph
     except Exception:
         return True, True
-    b, h = [node for node in graph.nodes if node.op == "placeholder"][:2]
-    return bool(b.users), bool(h.users)
+    b_node, h_node = [node for node in graph.nodes if node.op == "placeholder"][:2]
+    return bool(b_node.users), bool(h_node.users)
 
 
 def FromBlockMask(block_mask: Any) -> Layout:

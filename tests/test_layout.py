@@ -1,0 +1,278 @@
+"""Layouts: the lowered table says exactly what `visible` says, at a cost of O(entries)."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+import lcattn
+from lcattn import layout as layouts
+from lcattn import lowering
+from lcattn.layout import Context, from_spec
+from lcattn.lowering import lower
+
+lengths = st.integers(1, 200)
+
+
+@st.composite
+def leaves(draw, T, S, heads, batch):
+    """Any layout but a joined one."""
+    small = st.integers(0, 90)
+    kind = draw(st.integers(0, 12))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    if kind == 0:
+        return lcattn.Full()
+    if kind == 1:
+        return lcattn.Causal()
+    if kind == 2:
+        side = st.one_of(st.none(), small)
+        return lcattn.Window(draw(side), draw(side))
+    if kind == 3:
+        return lcattn.Chunked(draw(st.integers(1, 90)), draw(st.integers(0, 2)), draw(st.integers(0, 2)), draw(st.integers(-9, 70)))
+    if kind == 4:
+        return lcattn.Global(draw(st.integers(1, 90)))
+    if kind == 5:
+        return lcattn.Global(indices=tuple(draw(st.lists(st.integers(-5, 250), max_size=4))))
+    if kind == 6:
+        return lcattn.Global(every=draw(st.integers(1, 90)))
+    if kind == 7:
+        return lcattn.Dilated(draw(st.integers(0, 9)), draw(st.integers(0, 9)), draw(st.integers(1, 9)))
+    if kind == 8:
+        return lcattn.Random(draw(st.integers(1, 70)), draw(st.integers(1, 3)), draw(st.integers(0, 99)))
+    if kind == 9:
+        rows = draw(st.sampled_from((1, batch)))
+        ids = torch.randint(-1, 4, (rows, S), generator=generator)
+        ids = ids.sort(1).values if draw(st.booleans()) else ids
+        q_ids = torch.randint(-1, 4, (rows, T), generator=generator)
+        return lcattn.Documents(ids, q_ids=q_ids if T > S or draw(st.booleans()) else None)
+    if kind == 10:
+        block = draw(st.sampled_from((1, 16, 50, 64)))
+        shape = (draw(st.sampled_from((1, batch))), draw(st.sampled_from((1, heads))), -(-T // block), -(-S // block))
+        return lcattn.Blocks(torch.rand(shape, generator=generator) < 0.5, block)
+    if kind == 11:
+        return lcattn.FromMaskMod(lambda b, h, q_idx, kv_idx: (q_idx * 3 + kv_idx + h + b) % 5 < 3)
+    return lcattn.PerHead([lcattn.Window(3 * h, h) for h in range(heads)])
+
+
+@st.composite
+def problems(draw):
+    T, S, heads, batch = draw(lengths), draw(lengths), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    leaf = leaves(T, S, heads, batch)
+    joined = st.recursive(
+        leaf,
+        lambda inner: st.one_of(
+            st.builds(lambda a, b: a & b, inner, inner),
+            st.builds(lambda a, b: a | b, inner, inner),
+            st.builds(layouts.Not, inner),
+        ),
+        max_leaves=4,
+    )
+    return draw(joined), T, S, heads, batch
+
+
+def dense(layout, T, S, heads, batch, q_pos=None, k_pos=None):
+    """What `visible` says, [batch, heads, T, S]."""
+    q_pos = torch.arange(S - T, S)[None] if q_pos is None else q_pos
+    k_pos = torch.arange(S)[None] if k_pos is None else k_pos
+    ctx = Context(
+        torch.arange(batch)[:, None, None, None],
+        torch.arange(heads)[:, None, None],
+        T,
+        S,
+        torch.arange(T)[:, None],
+        torch.arange(S),
+    )
+    return layout.visible(q_pos[:, None, :, None], k_pos[:, None, None, :], ctx).expand(batch, heads, T, S)
+
+
+def pairs(seg_ptr, entries, transpose):
+    """All (b, h, query block, key block, phase, tile or None) of one direction."""
+    found = []
+    for b, bh in enumerate(seg_ptr.tolist()):
+        for h, rows in enumerate(bh):
+            for r, seg in enumerate(rows):
+                for f in range(len(seg) // 2):
+                    for block, count in entries[seg[2 * f] : seg[2 * f + 1]].tolist():
+                        found += [(b, h, r, c, f, None) for c in range(block, block + count)]
+                    for block, tile in entries[seg[2 * f + 1] : seg[2 * f + 2]].tolist():
+                        found.append((b, h, r, block, f, tile))
+    return sorted(((b, h, c, r, f, t) if transpose else (b, h, r, c, f, t) for b, h, r, c, f, t in found), key=repr)
+
+
+def check_table(table, layout, T, S, heads, batch, q_pos=None, k_pos=None):
+    want = dense(layout, T, S, heads, batch, q_pos, k_pos)
+    assert torch.equal(table.to_dense(T, S).expand_as(want), want)
+    assert pairs(table.seg_ptr, table.entries, False) == pairs(table.seg_ptr_t, table.entries_t, True)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems(), st.sampled_from((32, 64, 48)))
+def test_table_is_visible(problem, block):
+    layout, T, S, heads, batch = problem
+    table = lower(layout, T=T, S=S, heads=heads, batch=batch, block_q=block, block_k=64)
+    check_table(table, layout, T, S, heads, batch)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems(), st.integers(0, 4), st.integers(0, 2**31))
+def test_table_is_visible_at_any_coordinates(problem, kind, seed):
+    layout, T, S, heads, batch = problem
+    g = torch.Generator().manual_seed(seed)
+    pad = torch.randint(0, 50, (batch, 1), generator=g)
+    q_pos, k_pos = (
+        (torch.randint(-30, 250, (1, T), generator=g), torch.randint(-30, 250, (1, S), generator=g)),
+        (torch.arange(T)[None] % 37, torch.arange(S)[None] % 37),
+        (torch.arange(S - T, S) - pad, torch.arange(S) - pad),
+        (torch.arange(7, 7 + T)[None], torch.arange(S)[None]),
+        (torch.randint(0, 90, (batch, T), generator=g).sort(1).values, torch.arange(S)[None]),
+    )[kind]
+    table = lower(layout, T=T, S=S, heads=heads, batch=batch, q_pos=q_pos, k_pos=k_pos)
+    check_table(table, layout, T, S, heads, batch, q_pos, k_pos)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems())
+def test_spec_round_trip(problem):
+    layout, T, S, heads, batch = problem
+    again = from_spec(layout.spec, layout.tensors)
+    assert again.spec == layout.spec
+    assert torch.equal(dense(again, T, S, heads, batch), dense(layout, T, S, heads, batch))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems())
+def test_phases_split_the_table(problem):
+    layout, T, S, heads, batch = problem
+    near = lcattn.Window(11, 5)
+    table = lower(layout, T=T, S=S, heads=heads, batch=batch, phases=(near, layouts.Not(near)))
+    for phase, part in enumerate((near, layouts.Not(near))):
+        want = dense(layout & part, T, S, heads, batch)
+        assert torch.equal(table.to_dense(T, S, phase).expand_as(want), want)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_one_table_serves_every_length(data):
+    S = data.draw(st.integers(1, 300))
+    T = data.draw(st.integers(1, S))
+    layout = data.draw(leaves(T, S, 1, 1).filter(lambda x: not x.by_index)) & lcattn.Chunked(40, 2, 1)
+    table, row_start, default = lowering.cached_table(layout, (), 1, 1, T, S, None, None)
+    n = table.seg_ptr.shape[2] * 64
+    assert default and row_start == S - T and n >= S
+    assert torch.equal(table.to_dense(n, n)[0, 0, S - T : S, :S], dense(layout, T, S, 1, 1)[0, 0])
+
+
+class Count:
+    """How many rectangles and elements a lowering looks at."""
+
+    def __init__(self, monkeypatch, kind):
+        self.rectangles = self.elements = 0
+        bounds, visible = kind.bounds, kind.visible
+
+        def counted_bounds(layout, region):
+            self.rectangles += region.q_lo.numel()
+            return bounds(layout, region)
+
+        def counted_visible(layout, q_pos, k_pos, ctx):
+            seen = visible(layout, q_pos, k_pos, ctx)
+            self.elements += seen.numel()
+            return seen
+
+        monkeypatch.setattr(kind, "bounds", counted_bounds)
+        monkeypatch.setattr(kind, "visible", counted_visible)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        (lcattn.Chunked(512) | lcattn.Global(16)) & lcattn.Causal(),
+        (lcattn.Window(700, 700) | lcattn.Random(64, 2)) & lcattn.Causal(),
+        lcattn.Causal() & lcattn.Documents(cu_seqlens=torch.arange(0, 2**17 + 1, 1024)),
+        lcattn.Full() & lcattn.Causal(),
+    ],
+    ids=["chunked", "random", "documents", "causal"],
+)
+def test_lowering_costs_its_entries(layout, monkeypatch):
+    n = 2**17
+    count = Count(monkeypatch, layouts.And)
+    table = lower(layout, T=n, S=n)
+    blocks = n // 64
+    # a full run stands for many blocks, so count runs and tiles, and the log of the splitting
+    assert count.rectangles <= 20 * (len(table.entries) + blocks)
+    assert count.elements <= 4096 * (len(table.mask_tiles) + 200)
+
+
+def test_a_million_tokens_lower_in_little_memory():
+    layout = (lcattn.Chunked(512) | lcattn.Global(16)) & lcattn.Causal()
+    table = layout.block_table(2**20, 2**20)
+    assert table.nbytes < 2_000_000
+    assert len(table.mask_tiles) <= 3
+
+
+def test_content_keyed_cache_tells_documents_apart():
+    first = torch.zeros(1, 100, dtype=torch.long)
+    second = first.clone()
+    second[0, 50:] = 1
+    tables = [lowering.cached_table(lcattn.Documents(ids), (), 1, 1, 100, 100, None, None)[0] for ids in (first, second, first)]
+    assert tables[0] is tables[2]
+    assert not torch.equal(tables[0].to_dense(100, 100), tables[1].to_dense(100, 100))
+
+
+def test_cache_is_bounded():
+    cache = lowering._Cache(limit_bytes=20_000)
+    for chunk in range(1, 60):
+        cache.get(chunk, lambda chunk=chunk: lower(lcattn.Chunked(chunk), T=300, S=300))
+    assert cache.n_bytes <= 20_000 and cache.n_bytes == sum(t.nbytes for t in cache.tables.values())
+
+
+def test_random_is_the_same_whatever_the_length():
+    layout = lcattn.Random(16, 2, 5) & lcattn.Causal()
+    long = dense(layout, 200, 200, 1, 1)
+    assert torch.equal(long[..., :90, :90], dense(layout, 90, 90, 1, 1))
+    # every grid row sees at least one block it picked
+    assert bool(long.any(3).all())
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: lcattn.Chunked(0), "chunk"),
+        (lambda: lcattn.Chunked(4, lookback=-1), "lookback"),
+        (lambda: lcattn.Window(-1, 2), "left"),
+        (lambda: lcattn.Global(), "exactly one"),
+        (lambda: lcattn.Global(0), "first"),
+        (lambda: lcattn.Dilated(1, 1, 0), "step"),
+        (lambda: lcattn.Random(0, 1), "block"),
+        (lambda: lcattn.Documents(), "either"),
+        (lambda: lcattn.Documents(torch.zeros(1, 3)), "ids"),
+        (lambda: lcattn.Blocks(torch.zeros(1, 1, 2, 2)), "mask"),
+        (lambda: lcattn.FromMaskMod(3), "mask_mod"),
+        (lambda: lcattn.PerHead([]), "PerHead"),
+        (lambda: from_spec("Nothing()"), "unknown"),
+        (lambda: from_spec("Full() +"), "not a layout expression"),
+        (lambda: from_spec("Full().visible"), "not allowed"),
+        (lambda: from_spec("Documents(ids=@)"), "needs 1 tensors"),
+        (lambda: lower(lcattn.Full(), T=0, S=3), "at least 1"),
+    ],
+)
+def test_bad_layouts_name_what_is_wrong(make, word):
+    with pytest.raises(ValueError, match=word):
+        make()
+
+
+def test_joining_with_something_else_is_a_type_error():
+    with pytest.raises(TypeError, match="int"):
+        lcattn.Full() & 3
+
+
+def test_from_block_mask_is_flex_attentions_mask():
+    from torch.nn.attention.flex_attention import create_block_mask, create_mask
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        return (kv_idx <= q_idx) & ((q_idx - kv_idx) < 90 + 20 * h)
+
+    block_mask = create_block_mask(mask_mod, 1, 2, 300, 300, device="cpu", BLOCK_SIZE=64)
+    want = create_mask(mask_mod, 1, 2, 300, 300, device="cpu")
+    layout = lcattn.FromBlockMask(block_mask)
+    assert torch.equal(dense(layout, 300, 300, 2, 1), want)
+    check_table(lower(layout, T=300, S=300, heads=2), layout, 300, 300, 2, 1)
