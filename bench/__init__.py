@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench` in the source tree, `python -m lcattn.bench` elsewhere."""
