@@ -221,10 +221,11 @@ class NinjaBuild(build_ext):
 setup(
     packages=[
         *find_packages(include=["lcattn", "lcattn.*"]),
+        "lcattn.bench",
         "lcattn.triton_kernels",
         *(f"lcattn.triton_kernels.{name}" for name in find_packages("triton_kernels")),
     ],
-    package_dir={"lcattn.triton_kernels": "triton_kernels"},
+    package_dir={"lcattn.bench": "bench", "lcattn.triton_kernels": "triton_kernels"},
     ext_modules=[Extension("lcattn._C", sources=[])],
     cmdclass={"build_ext": NinjaBuild},
     setup_requires=[] if find_torch() else [TORCH_PIN],
