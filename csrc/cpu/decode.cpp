@@ -100,7 +100,7 @@ class DecodeTile {
     packed_ = p_.q_of[phase];
     for (int64_t n = 0; n < unit_->n_heads; ++n) {
       copy_rows(p_.q[packed_], p_.dtype, unit_->b, unit_->head + n, unit_->query, unit_->n_queries,
-                p_.D, p_.scale * kLog2e, queries_ + n * unit_->n_queries * stride_);
+                p_.D, p_.scale, queries_ + n * unit_->n_queries * stride_, kLog2e);
     }
   }
 

@@ -148,7 +148,7 @@ class ForwardTile {
     packed_ = p_.q_of[phase];
     // [D][kBlock]
     copy_transposed(p_.q[packed_], p_.dtype, block_.b, block_.h, block_.query, block_.count, p_.D,
-                    p_.scale * kLog2e, queries_);
+                    p_.scale, queries_, kLog2e);
   }
 
   static void fill_mask(BitTile& by_query, uint64_t word, TileMask& mask) {

@@ -97,19 +97,18 @@ LCATTN_INLINE char* row_address(const View& view, DType dtype, int64_t b, int64_
   return static_cast<char*>(view.data) + index * element_bytes(dtype);
 }
 
-// `count` rows of `dim` elements, times factor, to float32 rows of padded_dim(dim)
+// `count` rows of `dim` elements, times factor, then times unit, to float32 rows of padded_dim(dim)
 inline void copy_rows(const View& view, DType dtype, int64_t b, int64_t head, int64_t row,
-                      int64_t count, int64_t dim, float factor, float* tile) {
+                      int64_t count, int64_t dim, float factor, float* tile, float unit = 1.0f) {
   const int64_t stride = padded_dim(dim), whole = view.dim == 1 ? dim / kWidth * kWidth : 0;
-  const Vec factors = broadcast(factor);
   for (int64_t r = 0; r < count; ++r) {
     const char* from = row_address(view, dtype, b, head, row + r);
     float* to = tile + r * stride;
     for (int64_t d = 0; d < whole; d += kWidth) {
-      store(to + d, load_vector(from, d, dtype) * factors);
+      store(to + d, load_vector(from, d, dtype) * broadcast(factor) * broadcast(unit));
     }
     for (int64_t d = whole; d < dim; ++d) {
-      to[d] = load_element(from, d * view.dim, dtype) * factor;
+      to[d] = load_element(from, d * view.dim, dtype) * factor * unit;
     }
     for (int64_t d = dim; d < stride; ++d) to[d] = 0.0f;
   }
@@ -126,26 +125,31 @@ inline Rows rows_of(const View& view, DType dtype, int64_t b, int64_t head, int6
   return {tile, padded_dim(dim)};
 }
 
-// The transpose of `count` <= kBlock rows, times factor: tile [dim][kBlock], zeros from column
-// count on.
+// The transpose of `count` <= kBlock rows, times factor, then times unit: tile [dim][kBlock], zeros
+// from column count on.
 inline void copy_transposed(const View& view, DType dtype, int64_t b, int64_t head, int64_t row,
-                            int64_t count, int64_t dim, float factor, float* tile) {
-  // kWidth rows at a time, so that the writes of one column fall into one line
+                            int64_t count, int64_t dim, float factor, float* tile,
+                            float unit = 1.0f) {
+  const int64_t whole = view.dim == 1 ? dim / kWidth * kWidth : 0;
   for (int64_t first = 0; first < kBlock; first += kWidth) {
+    const int64_t rows = count - first < kWidth ? count - first : kWidth;
+    for (int64_t d = 0; d < whole; d += kWidth) {
+      Vec square[kWidth];
+      for (int r = 0; r < kWidth; ++r) {
+        square[r] = zero();
+        if (r >= rows) continue;
+        const char* from = row_address(view, dtype, b, head, row + first + r);
+        square[r] = load_vector(from, d, dtype) * broadcast(factor) * broadcast(unit);
+      }
+      transpose(square);
+      for (int i = 0; i < kWidth; ++i) store(tile + (d + i) * kBlock + first, square[i]);
+    }
     for (int r = 0; r < kWidth; ++r) {
       float* to = tile + first + r;
-      if (first + r >= count) {
-        for (int64_t d = 0; d < dim; ++d) to[d * kBlock] = 0.0f;
-        continue;
-      }
-      const char* from = row_address(view, dtype, b, head, row + first + r);
-      const int64_t whole = view.dim == 1 ? dim / kWidth * kWidth : 0;
-      for (int64_t d = 0; d < whole; d += kWidth) {
-        const Vec v = load_vector(from, d, dtype) * broadcast(factor);
-        for (int i = 0; i < kWidth; ++i) to[(d + i) * kBlock] = v[i];
-      }
+      const char* from = row_address(view, dtype, b, head, row + (r < rows ? first + r : 0));
       for (int64_t d = whole; d < dim; ++d) {
-        to[d * kBlock] = load_element(from, d * view.dim, dtype) * factor;
+        const float x = load_element(from, d * view.dim, dtype) * factor * unit;
+        to[d * kBlock] = r < rows ? x : 0.0f;
       }
     }
   }

@@ -196,19 +196,18 @@ class ScoreTerms {
     const float* rows = table.data + h_ * table.head_stride;
     Operand& operand = kRelKey ? query_ : key_;
     const View& view = kRelKey ? p_.qr : p_.kr;
-    const float factor = p_.scale * unit_;
     if (!steps() || pairwise_) {
       if (!operand.has_rows) {
-        copy_rows(view, p_.dtype, b_, operand.head, operand.row, operand.count, p_.D, factor,
-                  operand.rows);
+        copy_rows(view, p_.dtype, b_, operand.head, operand.row, operand.count, p_.D, p_.scale,
+                  operand.rows, unit_);
         operand.has_rows = true;
       }
       add_pairwise<kRelKey>(table, rows, operand.rows, scores);
       return;
     }
     if (!operand.has_transposed) {
-      copy_transposed(view, p_.dtype, b_, operand.head, operand.row, operand.count, p_.D, factor,
-                      operand.transposed);
+      copy_transposed(view, p_.dtype, b_, operand.head, operand.row, operand.count, p_.D, p_.scale,
+                      operand.transposed, unit_);
       operand.has_transposed = true;
     }
     add_products<kRelKey>(table, rows, operand.transposed, scores);

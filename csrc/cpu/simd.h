@@ -257,6 +257,26 @@ LCATTN_INLINE Vec reduce_add_each(Vec* v) {
   }
 }
 
+template <int kStep, int... kLane>
+LCATTN_INLINE void swap_blocks(Vec& a, Vec& b, std::integer_sequence<int, kLane...>) {
+  const Vec first =
+      __builtin_shufflevector(a, b, (kLane & kStep ? kWidth + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? kWidth + kLane : kLane + kStep)...);
+  a = first;
+}
+
+// lane j of v[i] and lane i of v[j] change places
+template <int kStep = kWidth / 2>
+LCATTN_INLINE void transpose(Vec* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    if ((i & kStep) == 0) {
+      swap_blocks<kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, kWidth>{});
+    }
+  }
+  if constexpr (kStep > 1) transpose<kStep / 2>(v);
+}
+
 // lanes 0 .. count - 1
 LCATTN_INLINE Mask first_lanes(int64_t count) {
   return mask_from_bits(count >= kWidth ? (1u << kWidth) - 1 : (1u << (count > 0 ? count : 0)) - 1);
