@@ -214,7 +214,8 @@ struct Plan {
     for_each_touch_of(p, s, b, g, part, [&](int64_t i) {
       if (use[i] == kExclusive) ++touches[i];
     });
-    slots[part] = most;
+    // dq and dqr of a pair are in use together
+    slots[part] = most + (s.want_dqr ? 1 : 0);
   }
 };
 

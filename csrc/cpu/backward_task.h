@@ -1,8 +1,9 @@
 // One task of the backward pass: a part of a sequence, key block by key block.
 //
 // dk and dv of a key block gather in a column of tiles, dq of a query block in a slot. A slot is taken when the part
-// first touches its block and holds -lse and -delta too; after the last touch it is written out and reused, so a
-// part of a banded layout never has more in use than the band is wide.
+// first touches its block and also holds what is needed of the block again and again: scale Q, -lse and -delta.
+// After the last touch dq is written out and the slot reused, so a part of a banded layout never has more in use
+// than the band is wide.
 #pragma once
 
 #include "backward_plan.h"
@@ -25,7 +26,7 @@ struct Call {
   float *rel_key, *rel_query;  // [rows][L][padded D]
 
   int64_t tile_floats() const { return kBlock * shape.dim; }
-  int64_t slot_floats() const { return tile_floats() + 2 * kBlock; }
+  int64_t slot_floats() const { return 2 * tile_floats() + 2 * kBlock; }
   int64_t column_tiles() const { return p.n_k + p.n_v + (g.dkr.data ? 1 : 0); }
   int64_t column_floats() const { return column_tiles() * tile_floats(); }
   // rows of a table that a task of one kv head reaches
@@ -55,7 +56,7 @@ struct Call {
                g_head * shape.group + rest % shape.group, query_of(q_block),
                rows_of_block(q_block), p.D, from, shape.dim, factors);
   }
-  // writes dk, dv, dkr of a key block
+  // writes dk, dv, dkr of a key block; factors: of dkr
   void write_column(int64_t b, int64_t g_head, int64_t k_block, const float* column,
                     const float* factors) const {
     const int64_t key = k_block * kBlock, keys = p.S - key < kBlock ? p.S - key : kBlock;
@@ -63,7 +64,7 @@ struct Call {
       const bool is_k = t < p.n_k, is_v = !is_k && t < p.n_k + p.n_v;
       const View& view = is_k ? g.dk[t] : is_v ? g.dv[t - p.n_k] : g.dkr;
       store_rows(view, p.dtype, b, g_head, key, keys, p.D, column + t * tile_floats(), shape.dim,
-                 is_v ? nullptr : factors);
+                 is_k || is_v ? nullptr : factors);
     }
   }
 };
@@ -82,7 +83,7 @@ class Task {
   static int64_t scratch_bytes(const Call& c, int64_t slots) {
     int64_t low, length = 0;
     if (c.g.dbias) BiasGradient::extent(c.p, c.offsets, low, length);
-    return 6 * padded<float>(c.tile_floats()) + 2 * padded<float>(kTile) +
+    return 5 * padded<float>(c.tile_floats()) + 2 * padded<float>(kTile) +
            padded<float>(c.column_floats()) + padded<float>(slots * c.slot_floats()) +
            padded<float*>(slots) + padded<float*>(c.shape.n_tiles) + padded<float>(kBlock) +
            padded<BiasGradient>(c.bias_rows()) +
@@ -99,7 +100,6 @@ class Task {
         packed_k_(scratch.take<float>(call.tile_floats())),
         packed_v_(scratch.take<float>(call.tile_floats())),
         k_rows_(scratch.take<float>(call.tile_floats())),
-        q_rows_(scratch.take<float>(call.tile_floats())),
         dout_rows_(scratch.take<float>(call.tile_floats())),
         out_rows_(scratch.take<float>(call.tile_floats())),
         p_tile_(scratch.take<float>(kTile)),
@@ -205,7 +205,7 @@ class Task {
     terms_.set_keys(b_, g_, static_cast<int>(phase), key_, keys_);
     if (in_k_ != p_.k_of[phase]) {
       in_k_ = p_.k_of[phase];
-      copy_transposed(p_.k[in_k_], p_.dtype, b_, g_, key_, keys_, p_.D, p_.scale, packed_k_);
+      copy_transposed(p_.k[in_k_], p_.dtype, b_, g_, key_, keys_, p_.D, 1.0f, packed_k_);
       k_ = dense_rows(p_.k[in_k_], p_.dtype, b_, g_, key_, keys_, p_.D, k_rows_);
     }
     if (in_v_ != p_.v_of[phase]) {
@@ -267,11 +267,15 @@ class Task {
     const bool is_new = slot_of_[dq_at] == nullptr;
     float* dq = acquire(dq_at);
     float* dqr = c_.shape.want_dqr ? acquire(dqr_at) : nullptr;
-    float* minus_lse = dq + c_.tile_floats();
+    float* q = dq + c_.tile_floats();
+    float* minus_lse = q + c_.tile_floats();
 
     load_keys(phase);
     const Rows dout = dense_rows(c_.g.dout, p_.dtype, b_, h, query, rows, p_.D, dout_rows_);
-    if (is_new) row_scalars(h, query, rows, dout, minus_lse);
+    if (is_new) {
+      row_scalars(h, query, rows, dout, minus_lse);
+      copy_rows(p_.q[p_.q_of[phase]], p_.dtype, b_, h, query, rows, p_.D, p_.scale, q);
+    }
     terms_.set_queries(b_, h, static_cast<int>(phase), query, rows);
 
     const bool plain = content_only_ && terms_.only_strip();
@@ -285,7 +289,7 @@ class Task {
       Tile tile;
       tile.b = b_, tile.h = h, tile.g = g_, tile.phase = phase;
       tile.query = query, tile.rows = rows, tile.key = key_, tile.keys = keys_;
-      tile.q = dense_rows(p_.q[p_.q_of[phase]], p_.dtype, b_, h, query, rows, p_.D, q_rows_);
+      tile.q = {q, c_.shape.dim};
       tile.dout = dout;
       tile.packed_k = packed_k_, tile.packed_v = packed_v_;
       tile.minus_lse = minus_lse, tile.minus_delta = minus_lse + kBlock;
@@ -370,7 +374,7 @@ class Task {
   const Call& c_;
   const Problem& p_;
   const int64_t index_, sequence_, part_;
-  float *packed_k_, *packed_v_, *k_rows_, *q_rows_, *dout_rows_, *out_rows_;
+  float *packed_k_, *packed_v_, *k_rows_, *dout_rows_, *out_rows_;
   float *p_tile_, *ds_tile_, *column_, *factors_, *slots_;
   float** free_slots_;
   float** slot_of_;

@@ -23,8 +23,8 @@ namespace lcattn::cpu::LCATTN_ISA {
 struct Tile {
   int64_t b, h, g, phase;
   int64_t query, rows, key, keys;        // first and number of both
-  Rows q, dout;
-  const float *packed_k, *packed_v;      // (scale K)^T and V^T
+  Rows q, dout;                          // q times scale
+  const float *packed_k, *packed_v;      // K^T and V^T
   const float *minus_lse, *minus_delta;  // [rows]
   const Visibility* visible;
   // set for the gradients by offset only

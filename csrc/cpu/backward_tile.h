@@ -1,13 +1,13 @@
 // The five products of one query tile against one key block.
 //
-//   P  = exp(Q (scale K)^T + bias - lse)      [queries x keys], 0 where not visible
+//   P  = exp((scale Q) K^T + bias - lse)      [queries x keys], 0 where not visible
 //   dS = P (dO V^T - delta)                   [queries x keys]
-//   dV += P^T dO    dK += dS^T Q              [keys x D]
-//   dQ += dS K                                [queries x D]
+//   dV += P^T dO    dK += dS^T (scale Q)      [keys x D]
+//   dQ += dS K                                [queries x D], still without scale
 //
-// -lse + bias and -delta are what the accumulators of the first two products start from; exp2 and the product
-// with P happen on the finished accumulators in registers. Nothing of the tile is computed twice. K^T and V^T
-// are packed once per key block; P^T and dS^T are read from the row-major tiles as broadcasts.
+// The exponential and the product with P happen on finished accumulators, in registers; -delta is what those of
+// the second product start from. Nothing of the tile is computed twice. K^T and V^T are packed once per key
+// block; P^T and dS^T are read from the row-major tiles as broadcasts.
 // A masked tile carries, for each register tile, the range of keys (or queries) it can see at all; all five
 // products stay inside it.
 #pragma once
@@ -52,26 +52,10 @@ struct Visibility {
   }
 };
 
-// accumulators start at -lse[q] + strip[k - q]
-struct StartScores {
-  const float* minus_lse;
-  const float* strip;
-
-  template <int R, int C>
-  LCATTN_INLINE void operator()(Acc<R, C>& acc, int64_t row, int64_t vector) const {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec first = broadcast(minus_lse[row + r]);
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) {
-        acc.at[r][c] = first + load(strip + (vector + c) * kWidth - (row + r));
-      }
-    }
-  }
-};
-
 template <bool kMasked>
 struct FinishProbabilities {
+  const float* minus_lse;
+  const float* strip;
   const uint64_t* bits;
   float* p;
 
@@ -80,10 +64,13 @@ struct FinishProbabilities {
     const Vec log2e = broadcast(kLog2e);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+      const Vec shift = broadcast(minus_lse[row + r]);
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
         const int64_t key = (vector + c) * kWidth;
-        Vec value = exp2(acc.at[r][c] * log2e);
+        // the score first, rounded as in the forward pass: a key that has all the weight gets p = 1
+        const Vec score = acc.at[r][c] + load(strip + key - (row + r));
+        Vec value = exp2((score + shift) * log2e);
         if constexpr (kMasked) {
           const uint32_t lanes =
               static_cast<uint32_t>(bits[row + r] >> key) & ((1u << kWidth) - 1);
@@ -149,14 +136,14 @@ LCATTN_INLINE void square_product(Rows a, const float* packed, int64_t depth, in
   }
 }
 
-// strip: bias and slope by diagonal, that of key - query = x at strip[x]
+// strip: bias and slope by diagonal, strip[key - query]
 template <bool kMasked>
 __attribute__((noinline)) void probabilities(Rows q, const float* packed_k, int64_t dim,
                                              int64_t rows, const Visibility& visible,
                                              const float* minus_lse, const float* strip,
                                              float* p) {
-  square_product<kMasked>(q, packed_k, dim, rows, visible, p, StartScores{minus_lse, strip},
-                          FinishProbabilities<kMasked>{visible.bits.row, p});
+  square_product<kMasked>(q, packed_k, dim, rows, visible, p, StartAtZero{},
+                          FinishProbabilities<kMasked>{minus_lse, strip, visible.bits.row, p});
 }
 
 template <bool kMasked>
