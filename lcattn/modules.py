@@ -76,7 +76,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             device,
             dtype,
         )
-        # torch's encoder layers read this flag from outside; where it is set they bypass forward() in eval mode
+        # torch reads this flag from outside: encoder layers that find it set bypass forward() in eval mode
         self._qkv_same_embed_dim = False
         self.layout = _check_layout(layout)
         self.position = _position_module(position)
@@ -236,7 +236,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return (torch.cat(keys, 2), torch.cat(values, 2)) if keys else None
 
     def _forward_nested(self, x: Tensor, is_causal: bool) -> Tensor:
-        """Self-attention of a nested [B, *, embed_dim]: `nn.TransformerEncoder` makes them of padding in eval."""
+        """Self-attention of a nested [B, *, embed_dim], as `nn.TransformerEncoder` makes in eval mode."""
         rows = x.unbind()
         padded = torch.nested.to_padded_tensor(x, 0.0)
         lengths = torch.tensor([len(row) for row in rows], device=x.device)
@@ -247,7 +247,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 class ChunkedSelfAttention(nn.Module):
-    """Self-attention in which a token sees its own and neighbouring chunks whole, with a learned bias by offset.
+    """Self-attention in which a token sees its own chunk and the neighbouring ones, with a learned bias.
 
     out = attention(x W_q, x W_k, x W_v) W_o + b_o, of layout
     (Chunked(chunk, lookback, lookahead) | Global(n_global)) & Causal(), the last two where asked for
@@ -548,13 +548,15 @@ def _attend(
     dropout: float,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """out, lse, and the weights [B, H, T, S] that made out, if needed."""
+    """out, lse, and if needed the weights [B, H, T, S] that made out; q, k and v [B, H, T or S, D]."""
     problem = make_problem(q, k, v, layout, position, None, None, None, key_mask, None, None, dropout, "auto")
-    out, lse = ops.attention(problem, "auto")
     if not need_weights:
-        return out, lse, None
-    weights = torch.stack(reference.weights(problem)[0]).sum(0)
+        return *ops.attention(problem, "auto"), None
+    phases, lse = reference.weights(problem)
     if problem.seed is not None:
         B, H, _, T, S, _ = problem.sizes
-        weights = weights * reference.dropout_keep(B, H, T, S, dropout, problem.seed) / (1 - dropout)
-    return out, lse, weights
+        keep = reference.dropout_keep(B, H, T, S, dropout, problem.seed)
+        phases = [p * keep / (1 - dropout) for p in phases]
+    # out comes from the weights themselves: one path for the gradients of both, as in torch
+    parts = [p @ problem.v[v_at] for p, (_, _, v_at) in zip(phases, problem.phase_map, strict=True)]
+    return torch.stack(parts).sum(0), lse, torch.stack(phases).sum(0)
