@@ -1,0 +1,10 @@
+"""transformers on lcattn: attention and masks under the name "lcattn", and layouts put on existing models.
+
+A model asks for its mask once per forward pass and hands it to every layer. Ours is a `Mask`: layouts, key
+padding and where queries and keys stand, read off the functions that transformers composes.
+"""
+
+from .masks import Mask, make_mask
+from .models import attention_forward, check, register, use
+
+__all__ = ["Mask", "attention_forward", "check", "make_mask", "register", "use"]

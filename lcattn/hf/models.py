@@ -1,0 +1,249 @@
+"""The attention function of transformers' interface, and layouts put on existing models."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from ..api import attention
+from ..layout import Layout
+from ..position import Position, Rotary, T5Bias, Terms
+from .masks import Conversion, Mask, make_mask, mask_of
+
+NAME = "lcattn"
+
+
+def register() -> None:
+    """Makes `attn_implementation="lcattn"` and `model.set_attn_implementation("lcattn")` known, once for all.
+
+    Attention is then what sdpa computes, case by case, with padding, sliding windows, packing, caches,
+    softcap and sinks, at the cost of the visible blocks. A row that sees nothing gives zeros. A model that
+    computes attention by itself ignores the name in silence: `check(model)` tells.
+    """
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, make_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Mask | BlockMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Position | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' interface; what sdpa computes, softcap and sinks besides.
+
+    Args:
+        query: [B, H, T, D]; key, value: [B, G, S, D], heads not repeated.
+        attention_mask: a `Mask`; None, causal if T > 1 and is_causal (or module.is_causal) says so; a
+            FlexAttention BlockMask; or a mask by its values, [B or 1, H or 1, T, S] bool or of 0 and -inf.
+        position_bias: a position (T5's buckets, which `use` provides); a dense [1, H, T, S] bias is refused.
+        s_aux: [H] sink logits, module.sinks by default.
+
+    Returns:
+        (out [B, T, H, D], None).
+
+    Raises:
+        ValueError, NotImplementedError: what the operator cannot honour is never ignored.
+    """
+    if isinstance(position_bias, Tensor):
+        raise NotImplementedError(
+            f"{type(module).__name__}: a dense position bias is not supported; lcattn.hf.use(model, layout)"
+            " passes the bucket table of T5 and MT5 instead"
+        )
+    if kwargs.get("cache") is not None:
+        raise NotImplementedError(
+            "continuous batching's paged cache is not supported; use generate() or another backend"
+        )
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    mask = mask_of(attention_mask, query, key.shape[2], is_causal)
+    conversion: Conversion | None = module.__dict__.get("_lcattn")
+    # empty terms stand for the zeros of T5's cross-attention
+    position = [] if position_bias is None or isinstance(position_bias, Terms) else [position_bias]
+    if conversion is not None:
+        position += conversion.position
+    view = mask.view(conversion, relative=bool(position))
+    out = attention(
+        query,
+        key,
+        value,
+        layout=view.layout,
+        position=position or None,
+        scale=scaling,
+        softcap=softcap,
+        sink=getattr(module, "sinks", None) if s_aux is None else s_aux,
+        key_mask=mask.key_mask,
+        q_pos=view.q_pos,
+        k_pos=view.k_pos,
+        dropout=dropout,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+_WINDOWED = "it computes its own windows, with projections of its own for global tokens"
+_SERVES = "what serves: {} with lcattn.hf.use(model, {}), or lcattn.modules in a model of your own"
+_REFUSED = {
+    "longformer": (_WINDOWED, "RoBERTa", "Window(256, 256) | Global(1)"),
+    "led": (_WINDOWED, "BART", "Window(512, 512)"),
+    "big_bird": ("it computes its own blocks", "RoBERTa", "Chunked(64, 1, 1) | Random(64, 3) | Global(64)"),
+    "bigbird_pegasus": (
+        "its encoder computes its own blocks",
+        "BART",
+        "Chunked(64, 1, 1) | Random(64, 3) | Global(64)",
+    ),
+    "longt5": ("its encoder computes its own windows and side keys", "T5", "Window(127, 127)"),
+    "umt5": ("each of its layers builds a dense bias of its own", "T5 or MT5", "Chunked(512)"),
+    "xlnet": ("it adds relative-key and segment terms of its own", "BERT", "Chunked(512, 1, 1)"),
+    "deberta": ("it adds disentangled relative terms of its own", "BERT", "Chunked(512, 1, 1)"),
+    "deberta-v2": ("it adds disentangled relative terms of its own", "BERT", "Chunked(512, 1, 1)"),
+}
+
+
+@functools.lru_cache(maxsize=1024)
+def _routes(kind: type[nn.Module]) -> bool | None:
+    """Whether a class computes attention through transformers' interface; None: it computes none."""
+    source = ""
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        try:
+            source += inspect.getsource(base)
+        except (OSError, TypeError):
+            continue
+    if ".get_interface(" in source:
+        return True
+    computes = "Attention" in kind.__name__ and re.search(r"softmax\(|scaled_dot_product_attention\(", source)
+    return False if computes else None
+
+
+def _attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that route through the interface, by name; ValueError if some attention passes it by."""
+    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    if not configs:
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
+    for config in configs:
+        refusal = _REFUSED.get(config.model_type)
+        if refusal is not None:
+            reason, *serves = refusal
+            raise ValueError(
+                f"model: {config.model_type} is not supported: {reason}; {_SERVES.format(*serves)}"
+            )
+    found = {}
+    for name, module in model.named_modules():
+        routes = _routes(module.__class__)
+        if routes:
+            found[name] = module
+        elif routes is False:
+            raise ValueError(
+                f"model: {type(module).__name__} ({name}) computes attention past transformers' interface"
+            )
+    if not found:
+        raise ValueError(
+            f"model: {type(model).__name__} has no attention that goes through transformers' interface"
+        )
+    return found
+
+
+def check(model: nn.Module) -> None:
+    """Raises ValueError, with the reason, unless all of the model's attention runs on lcattn."""
+    for name, module in _attentions(model).items():
+        chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if chosen != NAME:
+            raise ValueError(f"model: {type(module).__name__} ({name}) runs on {chosen!r}, not {NAME!r}")
+
+
+def use(model: Any, layout: Layout | None, position: Position | Sequence[Position] | None = None) -> Any:
+    """Puts a layout on an existing model, and returns the model.
+
+    In every self-attention, visibility becomes layout & the model's causality & padding & documents: only
+    its own sliding windows and chunks are replaced. Cross-attention keeps seeing everything. Coordinates
+    count from each row's first real token, and from each packed document's, so that padding and packing
+    change no result; a prefix that PEFT tuned stays visible to all. T5 and MT5 get their bias by the bucket
+    table. A second call replaces the first.
+
+    Args:
+        model: a transformers or PEFT model.
+        layout: who sees whom; None restores the model as it was before the first call.
+        position: one additive position or several, beside the model's own; the caller trains its tensors.
+
+    Raises:
+        ValueError: the model's attention would not run on lcattn, and stays as it was.
+    """
+    if layout is None:
+        if position is not None:
+            raise ValueError("position: give a layout with it, Full() for none")
+        return _restore(model)
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout: expected a layout such as Causal(), got {type(layout).__name__}")
+    if position is None:
+        position = ()
+    positions = tuple(position) if isinstance(position, (list, tuple)) else (position,)
+    for part in positions:
+        if isinstance(part, Rotary) or not hasattr(part, "lower"):
+            raise ValueError(
+                f"position: expected an additive position such as Alibi(slopes), got {type(part).__name__}"
+            )
+    attentions = _attentions(model)
+    register()
+    _restore(model)
+    held = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    before = [(config, config._attn_implementation) for config in held.values()]
+    hooks: list[RemovableHandle] = []
+    peft = getattr(model, "active_peft_config", None)
+    prefix: int = (
+        getattr(peft, "num_virtual_tokens", 0) if getattr(peft, "peft_type", "") == "PREFIX_TUNING" else 0
+    )
+    conversion = Conversion(layout, positions, prefix)
+    model.__dict__["_lcattn_before"] = (before, hooks)
+    try:
+        model.set_attn_implementation(NAME)
+        check(model)
+        for name, module in attentions.items():
+            if "position_bias" in inspect.signature(type(module).forward).parameters:
+                if not hasattr(module, "has_relative_attention_bias"):
+                    raise ValueError(
+                        f"model: {type(module).__name__} ({name}) is given a dense position bias"
+                    )
+                hooks.append(module.register_forward_pre_hook(_give_buckets, with_kwargs=True))
+            if not re.search("cross|encoder_attn|encdecattention", f"{name}.{type(module).__name__}".lower()):
+                module.__dict__["_lcattn"] = conversion
+    except BaseException:
+        _restore(model)
+        raise
+    return model
+
+
+def _restore(model: Any) -> Any:
+    for module in model.modules():
+        before, hooks = module.__dict__.pop("_lcattn_before", ((), ()))
+        for config, chosen in before:
+            config._attn_implementation_internal = chosen
+        for hook in hooks:
+            hook.remove()
+        module.__dict__.pop("_lcattn", None)
+    return model
+
+
+def _give_buckets(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Hands T5's first layers their bucket table, which they pass on, before they make a dense bias."""
+    if kwargs.get("position_bias") is None:
+        bias: Position = Terms()
+        if module.has_relative_attention_bias:
+            weight = module.relative_attention_bias.weight
+            bias = T5Bias(weight, not module.is_decoder, module.relative_attention_max_distance)
+        kwargs["position_bias"] = bias
+    return args, kwargs
