@@ -1,10 +1,10 @@
 """Who is timed: lcattn, the strongest forms that plain torch offers, and the attention of well-known models.
 
-A provider prepares a workload once, outside any timing: reordering, masks and tables that a model would keep
-are made there. Model layers get their projections replaced by ready tensors, so that attention alone is
-timed, as for lcattn. What a provider answers may differ from the workload (another pattern, no bias): it says so
-in its `note`, its correctness is checked against what it does answer, and only visible scores of that pattern
-count as useful work.
+A provider prepares a workload once, outside any timing: reordering, masks and tables that a model would
+keep are made there. Projections of model layers are replaced by ready tensors, so that attention alone is
+timed, as for lcattn. What a provider answers may differ from the workload (another pattern, no bias): its
+`note` says so, its correctness is checked against what it does answer, and only visible scores of that
+pattern count as useful work.
 """
 
 from __future__ import annotations
