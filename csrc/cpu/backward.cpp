@@ -3,9 +3,10 @@
 //   ds_ij = p_ij (drop'(dout_i . v_j) - delta_i),   delta_i = sum_d dout_i out_i - dlse_i
 //   dq_i = scale sum_j ds_ij k_j    dk_j = scale sum_i ds_ij q_i    dv_j = sum_i drop(p_ij) dout_i
 //
-// Three stages, each a parallel loop: plan every (b, g); run the tasks (backward_task.h); add up in a fixed order
-// what several tasks share. Results are equal from run to run for a given number of threads. Scratch is linear
-// in the lengths: the bands in use, the spills, and one copy of each table's gradient per task.
+// Three stages, each a parallel loop: plan every (b, g); run the tasks (backward_task.h); add up in
+// a fixed order what several tasks share. Results are equal from run to run for a given number of
+// threads. Scratch is linear in the lengths: the bands in use, the spills, and one copy of each
+// table's gradient per task.
 #include "backward_task.h"
 #include "kernels.h"
 
@@ -58,8 +59,8 @@ void reduce_query_tile(const Call& c, int64_t bg, int64_t tile, const float* fac
 
 void reduce_column(const Call& c, int64_t bg, int64_t k_block, const float* factors) {
   const Plan& plan = c.plans[bg];
-  float* sum = c.heavy + (plan.first_heavy + plan.heavy_of[k_block]) * c.shape.n_parts *
-                             c.column_floats();
+  float* sum =
+      c.heavy + (plan.first_heavy + plan.heavy_of[k_block]) * c.shape.n_parts * c.column_floats();
   for (int64_t part = 1; part < c.shape.n_parts; ++part) {
     add(sum, sum + part * c.column_floats(), c.column_floats());
   }
@@ -124,18 +125,17 @@ void sink_gradient(const Problem& p, const Gradients& g, int64_t h) {
 void backward(const Problem& p, const Gradients& g, const Parallel& parallel) {
   const Shape shape = shape_of(p, g, parallel.n_threads);
   const int64_t tasks = shape.n_sequences * shape.n_parts, plans = p.B * p.G;
-  Call call = {p, g, shape, offset_range(p), nullptr, nullptr, nullptr, nullptr, nullptr,
-               nullptr, nullptr};
+  Call call = {p,       g,       shape,   offset_range(p), nullptr, nullptr,
+               nullptr, nullptr, nullptr, nullptr,         nullptr};
   const int64_t bias_floats = g.dbias ? call.bias_rows() * p.bias.length : 0;
   const int64_t rel_key_floats = g.drel_key ? call.relative_floats(p.rel_key) : 0;
   const int64_t rel_query_floats = g.drel_query ? call.relative_floats(p.rel_query) : 0;
 
-  Scratch scratch(kCallScratch,
-                  padded<Plan>(plans) + padded<int32_t>(plans * Plan::ints(shape)) +
-                      padded<float>(kBlock) + padded<float>(tasks * bias_floats) +
-                      padded<double>(g.dslope ? tasks * shape.group : 0) +
-                      padded<float>(tasks * rel_key_floats) +
-                      padded<float>(tasks * rel_query_floats));
+  Scratch scratch(kCallScratch, padded<Plan>(plans) + padded<int32_t>(plans * Plan::ints(shape)) +
+                                    padded<float>(kBlock) + padded<float>(tasks * bias_floats) +
+                                    padded<double>(g.dslope ? tasks * shape.group : 0) +
+                                    padded<float>(tasks * rel_key_floats) +
+                                    padded<float>(tasks * rel_query_floats));
   call.plans = scratch.take<Plan>(plans);
   int32_t* plan_memory = scratch.take<int32_t>(plans * Plan::ints(shape));
   float* factors = scratch.take<float>(kBlock);
@@ -175,9 +175,8 @@ void backward(const Problem& p, const Gradients& g, const Parallel& parallel) {
   });
 
   if (n_spills > 0) {
-    run(parallel, plans * shape.n_tiles, [&](int64_t i) {
-      reduce_query_tile(call, i / shape.n_tiles, i % shape.n_tiles, factors);
-    });
+    run(parallel, plans * shape.n_tiles,
+        [&](int64_t i) { reduce_query_tile(call, i / shape.n_tiles, i % shape.n_tiles, factors); });
   }
   if (n_heavy > 0) {
     run(parallel, plans * shape.n_k_blocks, [&](int64_t i) {

@@ -1,16 +1,18 @@
 // Who computes what in the backward pass.
 //
-// A sequence is one (b, g): all query heads of a kv group of one batch element. (If gradients of relative keys
-// or queries are wanted it is one g with every b in turn, so that their tables need no copy per b.) Its key
-// blocks are cut into n_parts runs of equal work; a task is one run. A key block that far more queries see than
-// others (a global key) is not owned by one task: each takes those of its queries that it is home to.
+// A sequence is one (b, g): all query heads of a kv group of one batch element. (If gradients of
+// relative keys or queries are wanted it is one g with every b in turn, so that their tables need
+// no copy per b.) Its key blocks are cut into n_parts runs of equal work; a task is one run. A key
+// block that far more queries see than others (a global key) is not owned by one task: each takes
+// those of its queries that it is home to.
 //
 // What leaves a task:
 //   dk, dv of its own key blocks        written at once
 //   dk, dv of heavy key blocks          one partial per part
 //   dq of a block that no other part touches      kept in a slot while in use, then written
 //   dq of a block that several parts touch        one partial ("spill") per part
-// Partials are summed in the order of the parts, so results depend on the number of threads, never on timing.
+// Partials are summed in the order of the parts, so results depend on the number of threads, never
+// on timing.
 #pragma once
 
 #include "../common/problem.h"
@@ -25,16 +27,17 @@ struct Shape {
   int64_t group, dim;                 // query heads per kv head, padded head dim
   int64_t first_q_block, n_q_blocks;  // of the table
   int64_t n_k_blocks;
-  int64_t n_q, n_tiles;               // gradient tiles of a sequence: [n_q][group][n_q_blocks]
+  int64_t n_q, n_tiles;  // gradient tiles of a sequence: [n_q][group][n_q_blocks]
   int64_t n_sequences, n_parts;
-  bool want_dqr;                      // then the last of the n_q tensors is qr
+  bool want_dqr;  // then the last of the n_q tensors is qr
 
   int64_t tile(int64_t q_tensor, int64_t head, int64_t q_block) const {
     return (q_tensor * group + head) * n_q_blocks + q_block;
   }
 };
 
-// the smallest number of parts that keeps n_threads busy to 15/16, at 8 or more pairs of blocks each
+// the smallest number of parts that keeps n_threads busy to 15/16, at 8 or more pairs of blocks
+// each
 inline int64_t choose_parts(int64_t n_sequences, int64_t n_blocks, int64_t n_threads) {
   const int64_t most = n_blocks / 8 < 4 * n_threads ? n_blocks / 8 : 4 * n_threads;
   for (int64_t parts = 1; parts < most; ++parts) {
@@ -44,8 +47,8 @@ inline int64_t choose_parts(int64_t n_sequences, int64_t n_blocks, int64_t n_thr
   return most > 1 ? most : 1;
 }
 
-// f(q_block, tile) for each entry of one phase of row k_block of (b, h); q_block counts from the problem's
-// first, tile is -1 for a block without a mask
+// f(q_block, tile) for each entry of one phase of row k_block of (b, h); q_block counts from the
+// problem's first, tile is -1 for a block without a mask
 template <typename F>
 LCATTN_INLINE void for_each_entry(const Problem& p, const Shape& shape, int64_t b, int64_t h,
                                   int64_t k_block, int64_t phase, const F& f) {
@@ -169,8 +172,8 @@ struct Plan {
     n_heavy = 0;
     for (int64_t k = 0; k < s.n_k_blocks; ++k) {
       const int64_t entries = weigh(k);
-      const bool heavy = s.n_parts > 1 && (entries * s.n_k_blocks > 4 * total ||
-                                           2 * entries * s.n_parts > total);
+      const bool heavy =
+          s.n_parts > 1 && (entries * s.n_k_blocks > 4 * total || 2 * entries * s.n_parts > total);
       heavy_of[k] = heavy ? static_cast<int32_t>(n_heavy++) : -1;
       if (!heavy) light += entries + 1;
     }

@@ -2,10 +2,11 @@
 //
 //   dbias[c] = sum of dS over the pairs with clamp(o) = c        dslope = sum of dS |o|
 //
-// Where the coordinates of a tile step by one, an offset is a diagonal. Row r of dS goes into table r mod kWidth,
-// shifted by that much, so that the vectors of a tile are added to a table at one alignment and those on one
-// diagonal of vectors meet in a register first; fold() undoes the shifts once, at the end of a task. The tables
-// reach two blocks beyond the bias on both sides: what lands there belongs to its first or last entry.
+// Where the coordinates of a tile step by one, an offset is a diagonal. Row r of dS goes into table
+// r mod kWidth, shifted by that much, so that the vectors of a tile are added to a table at one
+// alignment and those on one diagonal of vectors meet in a register first; fold() undoes the shifts
+// once, at the end of a task. The tables reach two blocks beyond the bias on both sides: what lands
+// there belongs to its first or last entry.
 #pragma once
 
 #include "backward_tile.h"
@@ -41,8 +42,8 @@ inline OffsetRange offset_range(const Problem& p) {
 
 // The gradient of one row of the bias while a task runs.
 struct BiasGradient {
-  float* tables;      // [kWidth][length]
-  double ends[2];     // tiles that lie wholly at or beyond the first and the last entry
+  float* tables;   // [kWidth][length]
+  double ends[2];  // tiles that lie wholly at or beyond the first and the last entry
   int64_t low, length;
   int64_t first, last;  // offsets of the first and the last entry of the bias
 

@@ -1,9 +1,10 @@
 // One task of the backward pass: a part of a sequence, key block by key block.
 //
-// dk and dv of a key block gather in a column of tiles, dq of a query block in a slot. A slot is taken when the part
-// first touches its block and also holds what is needed of the block again and again: scale Q, -lse and -delta.
-// After the last touch dq is written out and the slot reused, so a part of a banded layout never has more in use
-// than the band is wide.
+// dk and dv of a key block gather in a column of tiles, dq of a query block in a slot. A slot is
+// taken when the part first touches its block and also holds what is needed of the block again and
+// again: scale Q, -lse, -delta and, unless it can be read in place, dO. After the last touch dq is
+// written out and the slot reused, so a part of a banded layout never has more in use than the band
+// is wide.
 #pragma once
 
 #include "backward_plan.h"
@@ -17,16 +18,21 @@ struct Call {
   const Gradients& g;
   Shape shape;
   OffsetRange offsets;
-  Plan* plans;             // [B * G]
-  float* heavy;            // [heavy key blocks of all plans][n_parts][column]
-  float* spills;           // [spills of all plans][slot]
+  Plan* plans;    // [B * G]
+  float* heavy;   // [heavy key blocks of all plans][n_parts][column]
+  float* spills;  // [spills of all plans][slot]
   // one of each per task
-  float* bias;             // [bias rows][L]
-  double* slope;           // [group]
+  float* bias;                 // [bias rows][L]
+  double* slope;               // [group]
   float *rel_key, *rel_query;  // [rows][L][padded D]
 
   int64_t tile_floats() const { return kBlock * shape.dim; }
-  int64_t slot_floats() const { return 2 * tile_floats() + 2 * kBlock; }
+  int64_t slot_floats() const { return (keeps_dout() ? 3 : 2) * tile_floats() + 2 * kBlock; }
+  // rows of dout that are not dense float32 are copied; those of a [B, T, H, D] tensor fall into
+  // few sets of the cache
+  bool keeps_dout() const {
+    return p.dtype != DType::kFloat32 || g.dout.dim != 1 || p.D % kWidth || g.dout.row > 2 * p.D;
+  }
   int64_t column_tiles() const { return p.n_k + p.n_v + (g.dkr.data ? 1 : 0); }
   int64_t column_floats() const { return column_tiles() * tile_floats(); }
   // rows of a table that a task of one kv head reaches
@@ -53,8 +59,8 @@ struct Call {
                         const float* factors) const {
     const int64_t q_block = tile % shape.n_q_blocks, rest = tile / shape.n_q_blocks;
     store_rows(q_gradient(rest / shape.group), p.dtype, b,
-               g_head * shape.group + rest % shape.group, query_of(q_block),
-               rows_of_block(q_block), p.D, from, shape.dim, factors);
+               g_head * shape.group + rest % shape.group, query_of(q_block), rows_of_block(q_block),
+               p.D, from, shape.dim, factors);
   }
   // writes dk, dv, dkr of a key block; factors: of dkr
   void write_column(int64_t b, int64_t g_head, int64_t k_block, const float* column,
@@ -69,25 +75,15 @@ struct Call {
   }
 };
 
-// Operand rows that a product walks many times: in place if they are dense float32, else copied.
-LCATTN_INLINE Rows dense_rows(const View& view, DType dtype, int64_t b, int64_t head, int64_t row,
-                              int64_t count, int64_t dim, float* tile) {
-  // rows of a [B, T, H, D] tensor fall into a few sets of the cache
-  if (view.row <= 2 * dim) return rows_of(view, dtype, b, head, row, count, dim, true, tile);
-  copy_rows(view, dtype, b, head, row, count, dim, 1.0f, tile);
-  return {tile, padded_dim(dim)};
-}
-
 class Task {
  public:
   static int64_t scratch_bytes(const Call& c, int64_t slots) {
     int64_t low, length = 0;
     if (c.g.dbias) BiasGradient::extent(c.p, c.offsets, low, length);
-    return 5 * padded<float>(c.tile_floats()) + 2 * padded<float>(kTile) +
+    return 4 * padded<float>(c.tile_floats()) + 2 * padded<float>(kTile) +
            padded<float>(c.column_floats()) + padded<float>(slots * c.slot_floats()) +
            padded<float*>(slots) + padded<float*>(c.shape.n_tiles) + padded<float>(kBlock) +
-           padded<BiasGradient>(c.bias_rows()) +
-           c.bias_rows() * padded<float>(kWidth * length) +
+           padded<BiasGradient>(c.bias_rows()) + c.bias_rows() * padded<float>(kWidth * length) +
            ScoreTerms<false>::scratch_bytes(c.p) + SlowTile::scratch_bytes(c.p);
   }
 
@@ -100,7 +96,6 @@ class Task {
         packed_k_(scratch.take<float>(call.tile_floats())),
         packed_v_(scratch.take<float>(call.tile_floats())),
         k_rows_(scratch.take<float>(call.tile_floats())),
-        dout_rows_(scratch.take<float>(call.tile_floats())),
         out_rows_(scratch.take<float>(call.tile_floats())),
         p_tile_(scratch.take<float>(kTile)),
         ds_tile_(scratch.take<float>(kTile)),
@@ -206,7 +201,7 @@ class Task {
     if (in_k_ != p_.k_of[phase]) {
       in_k_ = p_.k_of[phase];
       copy_transposed(p_.k[in_k_], p_.dtype, b_, g_, key_, keys_, p_.D, 1.0f, packed_k_);
-      k_ = dense_rows(p_.k[in_k_], p_.dtype, b_, g_, key_, keys_, p_.D, k_rows_);
+      copy_rows(p_.k[in_k_], p_.dtype, b_, g_, key_, keys_, p_.D, 1.0f, k_rows_);
     }
     if (in_v_ != p_.v_of[phase]) {
       in_v_ = p_.v_of[phase];
@@ -268,13 +263,17 @@ class Task {
     float* dq = acquire(dq_at);
     float* dqr = c_.shape.want_dqr ? acquire(dqr_at) : nullptr;
     float* q = dq + c_.tile_floats();
-    float* minus_lse = q + c_.tile_floats();
+    float* minus_lse = dq + c_.slot_floats() - 2 * kBlock;
 
     load_keys(phase);
-    const Rows dout = dense_rows(c_.g.dout, p_.dtype, b_, h, query, rows, p_.D, dout_rows_);
+    Rows dout = {q + c_.tile_floats(), c_.shape.dim};
+    if (!c_.keeps_dout()) dout = rows_of(c_.g.dout, p_.dtype, b_, h, query, rows, p_.D, true, q);
     if (is_new) {
-      row_scalars(h, query, rows, dout, minus_lse);
       copy_rows(p_.q[p_.q_of[phase]], p_.dtype, b_, h, query, rows, p_.D, p_.scale, q);
+      if (c_.keeps_dout()) {
+        copy_rows(c_.g.dout, p_.dtype, b_, h, query, rows, p_.D, 1.0f, q + c_.tile_floats());
+      }
+      row_scalars(h, query, rows, dout, minus_lse);
     }
     terms_.set_queries(b_, h, static_cast<int>(phase), query, rows);
 
@@ -327,8 +326,8 @@ class Task {
                Memory{dv, c_.shape.dim});
     accumulate(AlongRows{ds_tile_, kBlock}, t.q, keys_, vectors, t.visible->queries_of,
                Memory{dk, c_.shape.dim});
-    accumulate(AlongDepth{ds_tile_, kBlock}, k_, t.rows, vectors, t.visible->keys_of,
-               Memory{dq, c_.shape.dim});
+    accumulate(AlongDepth{ds_tile_, kBlock}, Rows{k_rows_, c_.shape.dim}, t.rows, vectors,
+               t.visible->keys_of, Memory{dq, c_.shape.dim});
   }
 
   void offset_gradients(Tile& t, int64_t head, float* dqr) {
@@ -374,7 +373,7 @@ class Task {
   const Call& c_;
   const Problem& p_;
   const int64_t index_, sequence_, part_;
-  float *packed_k_, *packed_v_, *k_rows_, *dout_rows_, *out_rows_;
+  float *packed_k_, *packed_v_, *k_rows_, *out_rows_;
   float *p_tile_, *ds_tile_, *column_, *factors_, *slots_;
   float** free_slots_;
   float** slot_of_;
@@ -388,7 +387,6 @@ class Task {
   int64_t b_ = 0, g_ = 0, key_ = 0, keys_ = 0, in_phase_ = -1, in_k_ = -1, in_v_ = -1;
   uint64_t seen_keys_ = 0;
   float* sums_ = nullptr;
-  Rows k_ = {};
   Coordinates q_at_, k_at_;
   Visibility mask_, whole_;
   // what mask_ was read from

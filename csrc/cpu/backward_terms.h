@@ -6,11 +6,13 @@
 //   p  = exp(s - lse),   dropped = keep p / (1 - dropout)
 //   ds = p (keep dp / (1 - dropout) - delta) (1 - (s / softcap)^2)
 //
-//   dqr_i = scale sum_j ds_ij rel_key[c_ij]        drel_key[c] = scale sum of ds_ij qr_i where c_ij = c
-//   dkr_j = scale sum_i ds_ij rel_query[c_ij]      drel_query[c] = scale sum of ds_ij kr_j where c_ij = c
+//   dqr_i = scale sum_j ds_ij rel_key[c_ij]        drel_key[c] = scale sum of ds_ij qr_i where c_ij
+//   = c dkr_j = scale sum_i ds_ij rel_query[c_ij]      drel_query[c] = scale sum of ds_ij kr_j
+//   where c_ij = c
 //
-// The table entries that a tile reaches are taken kBlock at a time: dS summed by query (or key) and entry is
-// a matrix, and both gradients are products with it. `scale` is left to whoever stores them.
+// The table entries that a tile reaches are taken kBlock at a time: dS summed by query (or key) and
+// entry is a matrix, and both gradients are products with it. `scale` is left to whoever stores
+// them.
 #pragma once
 
 #include "backward_tables.h"
@@ -28,9 +30,9 @@ struct Tile {
   const float *minus_lse, *minus_delta;  // [rows]
   const Visibility* visible;
   // set for the gradients by offset only
-  int64_t offset;                        // of the first query and key
-  bool steps;                            // coordinates of both sides step by one
-  const int32_t *q_at, *k_at;            // the coordinates otherwise
+  int64_t offset;              // of the first query and key
+  bool steps;                  // coordinates of both sides step by one
+  const int32_t *q_at, *k_at;  // the coordinates otherwise
 };
 
 LCATTN_INLINE const int32_t* q_positions(const Problem& p, int64_t phase, int64_t b) {
@@ -134,8 +136,8 @@ class SlowTile {
       high = entry > high ? entry : high;
     });
     const int64_t stride = padded_dim(p_.D), vectors = stride / kWidth;
-    const Rows x = rows_of(operand, p_.dtype, tile.b, head, first_row, rows, p_.D, true,
-                           operand_rows_);
+    const Rows x =
+        rows_of(operand, p_.dtype, tile.b, head, first_row, rows, p_.D, true, operand_rows_);
     const View entries = {const_cast<float*>(table.data + tile.h * table.head_stride), 0, 0, p_.D};
     for (int64_t first = low; first <= high; first += kBlock) {
       const int64_t count = high - first + 1 < kBlock ? high - first + 1 : kBlock;
@@ -154,8 +156,8 @@ class SlowTile {
         all_rows[s] = {0, static_cast<uint8_t>(rows)};
       }
       if (doperand) {
-        const Rows strip = rows_of(entries, DType::kFloat32, 0, 0, first, count, p_.D, true,
-                                   table_rows_);
+        const Rows strip =
+            rows_of(entries, DType::kFloat32, 0, 0, first, count, p_.D, true, table_rows_);
         accumulate(AlongDepth{by_entry_, kBlock}, strip, rows, vectors, all_entries,
                    Memory{doperand, stride});
       }

@@ -5,11 +5,11 @@
 //   dV += P^T dO    dK += dS^T (scale Q)      [keys x D]
 //   dQ += dS K                                [queries x D], still without scale
 //
-// The exponential and the product with P happen on finished accumulators, in registers; -delta is what those of
-// the second product start from. Nothing of the tile is computed twice. K^T and V^T are packed once per key
-// block; P^T and dS^T are read from the row-major tiles as broadcasts.
-// A masked tile carries, for each register tile, the range of keys (or queries) it can see at all; all five
-// products stay inside it.
+// The exponential and the product with P happen on finished accumulators, in registers; -delta is
+// what those of the second product start from. Nothing of the tile is computed twice. K^T and V^T
+// are packed once per key block; P^T and dS^T are read from the row-major tiles as broadcasts. A
+// masked tile carries, for each register tile, the range of keys (or queries) it can see at all;
+// all five products stay inside it.
 #pragma once
 
 #include "load.h"
@@ -21,12 +21,13 @@ constexpr int kBlockVectors = kBlock / kWidth;
 
 // what of a tile is visible, and what of it the products can skip
 struct Visibility {
-  BitTile bits;                 // queries as rows
-  Extent keys_of[kStrips];      // by strip of queries
-  Extent queries_of[kStrips];   // by strip of keys
+  BitTile bits;                // queries as rows
+  Extent keys_of[kStrips];     // by strip of queries
+  Extent queries_of[kStrips];  // by strip of keys
   bool any;
 
-  // `rows` rows of a tile of the table (-1: all ones) from its row `shift` on, with the keys of key_word
+  // `rows` rows of a tile of the table (-1: all ones) from its row `shift` on, with the keys of
+  // key_word
   void read(const Problem& p, int64_t tile, int64_t shift, int64_t rows, uint64_t key_word) {
     if (tile >= 0) load_bits(p, tile, shift, bits);
     uint64_t seen = 0;
@@ -72,8 +73,7 @@ struct FinishProbabilities {
         const Vec score = acc.at[r][c] + load(strip + key - (row + r));
         Vec value = exp2((score + shift) * log2e);
         if constexpr (kMasked) {
-          const uint32_t lanes =
-              static_cast<uint32_t>(bits[row + r] >> key) & ((1u << kWidth) - 1);
+          const uint32_t lanes = static_cast<uint32_t>(bits[row + r] >> key) & ((1u << kWidth) - 1);
           value = zero_unless(mask_from_bits(lanes), value);
         }
         store(p + (row + r) * kBlock + key, value);
@@ -112,7 +112,8 @@ struct FinishScoreGradients {
   }
 };
 
-// [rows x kBlock] = rows of a times the packed [depth][kBlock]; a masked tile is zero outside its extents
+// [rows x kBlock] = rows of a times the packed [depth][kBlock]; a masked tile is zero outside its
+// extents
 template <bool kMasked, typename Start, typename Finish>
 LCATTN_INLINE void square_product(Rows a, const float* packed, int64_t depth, int64_t rows,
                                   const Visibility& visible, float* tile, const Start& start,
@@ -140,8 +141,7 @@ LCATTN_INLINE void square_product(Rows a, const float* packed, int64_t depth, in
 template <bool kMasked>
 __attribute__((noinline)) void probabilities(Rows q, const float* packed_k, int64_t dim,
                                              int64_t rows, const Visibility& visible,
-                                             const float* minus_lse, const float* strip,
-                                             float* p) {
+                                             const float* minus_lse, const float* strip, float* p) {
   square_product<kMasked>(q, packed_k, dim, rows, visible, p, StartAtZero{},
                           FinishProbabilities<kMasked>{minus_lse, strip, visible.bits.row, p});
 }
@@ -176,8 +176,7 @@ LCATTN_INLINE void accumulate_vectors(A a, Rows b, int64_t rows, int64_t vector,
     const int64_t count = rows - row < kTileRows ? rows - row : kTileRows;
     const Extent depth = extents[strip];
     register_tile_column<C>(skip_depth(a, depth.first), b.from(depth.first),
-                            depth.end - depth.first, row, count, vector, sum.start(),
-                            sum.finish());
+                            depth.end - depth.first, row, count, vector, sum.start(), sum.finish());
   }
 }
 
