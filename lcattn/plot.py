@@ -218,10 +218,10 @@ def save_lines(
     """Writes one line of (x, y) points a name; `log` scales x by powers of two and y by powers of ten."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
-    for name, points in lines.items():
-        axes.plot(
-            *zip(*points, strict=True), marker="o" if log else None, markersize=4, linewidth=1.5, label=name
-        )
+    marker = "o" if log else None
+    # lines that coincide stay visible through each other's gaps
+    for (name, points), style in zip(lines.items(), itertools.cycle(("-", "--", ":")), strict=False):
+        axes.plot(*zip(*points, strict=True), style, marker=marker, markersize=4, linewidth=2, label=name)
     if log:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
