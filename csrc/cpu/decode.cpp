@@ -32,6 +32,24 @@ struct Unit {
   int64_t query_of(int64_t row) const { return query + row % n_queries; }
 };
 
+// rows of K or V: their dtype, and whole vectors in each
+struct Source {
+  const char* data;
+  int64_t stride_bytes;
+  DType dtype;
+
+  LCATTN_INLINE const char* row(int64_t index) const { return data + index * stride_bytes; }
+  // a row is short and the next is not always beside it: the processor's own prefetch falls behind
+  LCATTN_INLINE void prefetch_next_block(int64_t index, int64_t dim) const {
+    __builtin_prefetch(row(index + kBlock) + dim * element_bytes(dtype), 0, 2);
+  }
+};
+
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
+};
+
 // the running softmax of a unit's rows over one part
 class DecodeTile {
  public:
@@ -74,17 +92,17 @@ class DecodeTile {
     if (any == 0) return;
 
     pack_queries(phase);
-    const Rows keys =
-        rows_of(p_.k[p_.k_of[phase]], p_.dtype, unit.b, unit.g, key, n_k, p_.D, true, key_rows_);
-    for (int64_t r = 0; r < unit.rows(); ++r) dots(keys, n_k, r);
+    const Source keys = source(p_.k[p_.k_of[phase]], key, n_k, key_rows_);
+    over_rows(keys.dtype, [&](auto type, auto rows, int64_t row) {
+      dots<type.value, rows.value>(keys, n_k, row);
+    });
     if (has_terms_) add_terms(phase, key, n_k);
     for (int64_t r = 0; r < unit.rows(); ++r) exponentials(r, seen[r]);
     if (p_.dropout > 0.0f) drop(key);
-    const Rows values =
-        rows_of(p_.v[p_.v_of[phase]], p_.dtype, unit.b, unit.g, key, n_k, p_.D, true, value_rows_);
-    const Memory out = {out_, stride_};
-    product(AlongDepth{scores_, kBlock}, values, n_k, 0, unit.rows(), 0, stride_ / kWidth,
-            out.start(), out.finish());
+    const Source values = source(p_.v[p_.v_of[phase]], key, n_k, value_rows_);
+    over_rows(values.dtype, [&](auto type, auto rows, int64_t row) {
+      accumulate<type.value, rows.value>(values, n_k, row);
+    });
   }
 
  private:
@@ -104,27 +122,108 @@ class DecodeTile {
     }
   }
 
-  // scores of one row; lanes from key n_k on are whatever, and masked
-  void dots(Rows keys, int64_t n_k, int64_t row) {
+  // scores of rows [row, row + kRows): each vector of K meets all of them; the tail of the block is
+  // 0
+  template <DType kType, int kRows>
+  void dots(const Source& keys, int64_t n_k, int64_t row) {
+    constexpr int kKeys = kWidth / kRows;
     const float* query = queries_ + row * stride_;
     float* to = scores_ + row * kBlock;
     int64_t first = 0;
-    for (; first + kWidth <= n_k; first += kWidth) {
+    for (; first + kKeys <= n_k; first += kKeys) {
       Vec sums[kWidth];
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) sums[i] = zero();
       for (int64_t d = 0; d < stride_; d += kWidth) {
-        const Vec part = load(query + d);
+        Vec part[kRows];
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) part[r] = load(query + r * stride_ + d);
 #pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) {
-          sums[i] = fma(part, load(keys.data + (first + i) * keys.stride + d), sums[i]);
+        for (int i = 0; i < kKeys; ++i) {
+          const Vec key = load_vector(keys.row(first + i), d, kType);
+          keys.prefetch_next_block(first + i, d);
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r)
+            sums[r * kKeys + i] = fma(part[r], key, sums[r * kKeys + i]);
         }
       }
-      store(to + first, reduce_add_each(sums));
+      float each[kWidth];
+      store(each, reduce_add_each(sums));
+      for (int r = 0; r < kRows; ++r) {
+        for (int i = 0; i < kKeys; ++i) to[r * kBlock + first + i] = each[r * kKeys + i];
+      }
     }
-    for (int64_t k = first; k < kBlock; ++k) {
-      to[k] = k < n_k ? dot(query, keys.data + k * keys.stride, stride_) : 0.0f;
+    for (int r = 0; r < kRows; ++r) {
+      for (int64_t k = first; k < kBlock; ++k) {
+        Vec sum = zero();
+        for (int64_t d = 0; k < n_k && d < stride_; d += kWidth) {
+          sum = fma(load(query + r * stride_ + d), load_vector(keys.row(k), d, kType), sum);
+        }
+        to[r * kBlock + k] = reduce_add(sum);
+      }
     }
+  }
+
+  // out of rows [row, row + kRows) += P V
+  template <DType kType, int kRows>
+  void accumulate(const Source& values, int64_t n_k, int64_t row) {
+    int64_t d = 0;
+    for (; d + kTileVectors * kWidth <= stride_; d += kTileVectors * kWidth) {
+      accumulate_columns<kType, kRows, kTileVectors>(values, n_k, row, d);
+    }
+    for (; d < stride_; d += kWidth) accumulate_columns<kType, kRows, 1>(values, n_k, row, d);
+  }
+
+  template <DType kType, int kRows, int kVectors>
+  LCATTN_INLINE void accumulate_columns(const Source& values, int64_t n_k, int64_t row, int64_t d) {
+    const Memory out = {out_ + row * stride_ + d, stride_};
+    const float* p = scores_ + row * kBlock;
+    Acc<kRows, kVectors> acc;
+    out.start()(acc, 0, 0);
+    for (int64_t k = 0; k < n_k; ++k) {
+      Vec value[kVectors];
+#pragma GCC unroll 4
+      for (int c = 0; c < kVectors; ++c) {
+        value[c] = load_vector(values.row(k), d + c * kWidth, kType);
+        values.prefetch_next_block(k, d + c * kWidth);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const Vec weight = broadcast(p[r * kBlock + k]);
+#pragma GCC unroll 4
+        for (int c = 0; c < kVectors; ++c) acc.at[r][c] = fma(weight, value[c], acc.at[r][c]);
+      }
+    }
+    out.finish()(acc, 0, 0);
+  }
+
+  // step(type, rows, first row), with type and rows as constants, over all rows
+  template <typename Step>
+  LCATTN_INLINE void over_rows(DType dtype, const Step& step) {
+    auto rows = [&](auto type) {
+      const int64_t end = unit_->rows();
+      int64_t row = 0;
+      for (; row + 4 <= end; row += 4) step(type, Constant<4>{}, row);
+      for (; row + 2 <= end; row += 2) step(type, Constant<2>{}, row);
+      for (; row < end; ++row) step(type, Constant<1>{}, row);
+    };
+    if (dtype == DType::kFloat32) {
+      rows(Constant<DType::kFloat32>{});
+    } else if (dtype == DType::kBFloat16) {
+      rows(Constant<DType::kBFloat16>{});
+    } else {
+      rows(Constant<DType::kFloat16>{});
+    }
+  }
+
+  // rows as they lie if whole vectors can be read, else copied
+  Source source(const View& view, int64_t key, int64_t n_k, float* tile) const {
+    if (view.dim == 1 && p_.D % kWidth == 0) {
+      return {row_address(view, p_.dtype, unit_->b, unit_->g, key),
+              view.row * element_bytes(p_.dtype), p_.dtype};
+    }
+    copy_rows(view, p_.dtype, unit_->b, unit_->g, key, n_k, p_.D, 1.0f, tile);
+    return {reinterpret_cast<const char*>(tile), stride_ * 4, DType::kFloat32};
   }
 
   void add_terms(int phase, int64_t key, int64_t n_k) {
