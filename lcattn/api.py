@@ -240,7 +240,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_number(name: str, value: float) -> float:
     value = float(value)
-    if not math.isfinite(value):
+    # compared rather than asked, since a tracer may hold a symbol here
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return value
 

@@ -408,6 +408,12 @@ class Documents(Layout):
             edges = torch.as_tensor(self.cu_seqlens)
             if edges.dim() != 1 or edges.numel() < 2 or edges.is_floating_point():
                 raise ValueError(f"Documents: cu_seqlens must be [n + 1] integers, got {tuple(edges.shape)} {edges.dtype}")
+            if torch.compiler.is_compiling():
+                # the number of ids is data, which a tracer cannot read: they are expanded where the operator runs
+                given = (edges,) if self.q_ids is None else (edges, self.q_ids)
+                _set(self, cu_seqlens=edges, tensors=given, by_index=True, per_batch=len(given) > 1)
+                _set(self, spec="Documents(cu_seqlens=@)" if len(given) < 2 else "Documents(cu_seqlens=@, q_ids=@)")
+                return
             ids = torch.repeat_interleave(torch.arange(len(edges) - 1, device=edges.device), edges.diff())[None]
         else:
             ids = torch.as_tensor(self.ids)
@@ -421,7 +427,6 @@ class Documents(Layout):
         _set(self, spec="Documents(ids=@)" if self.q_ids is None else "Documents(ids=@, q_ids=@)")
 
     def check(self, B: int, H: int, T: int, S: int) -> None:
-        assert self.ids is not None
         for name, value, length in (("ids", self.ids, S), ("q_ids", self.q_ids, T)):
             if value is not None and (value.shape[1] != length or value.shape[0] not in (1, B)):
                 raise ValueError(f"Documents: {name} must be [{B} or 1, {length}], got {tuple(value.shape)}")
