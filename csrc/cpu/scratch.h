@@ -64,7 +64,8 @@ class Scratch {
     char* piece = next_;
     next_ += padded<T>(count);
     if (next_ > end_) std::abort();
-    if (poison_scratch && count > 0) std::memset(piece, 0xff, static_cast<size_t>(count) * sizeof(T));
+    if (poison_scratch && count > 0)
+      std::memset(piece, 0xff, static_cast<size_t>(count) * sizeof(T));
     return reinterpret_cast<T*>(piece);
   }
 
