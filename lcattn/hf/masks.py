@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -84,13 +84,16 @@ class Mask:
     device: torch.device | None = None
     views: dict[tuple[Conversion | None, bool], View] = field(default_factory=dict, repr=False)
 
-    # generate() makes masks ahead of the forward pass, whose mask functions then ask a mask for these
+    # generate() may make masks ahead of the forward pass, and both ask them for what 4-D tensors have
     ndim = 4
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         B, T, S = self.sizes
         return B, 1, T, S
+
+    def contiguous(self) -> Mask:
+        return self
 
     def view(self, conversion: Conversion | None, relative: bool) -> View:
         """Layout and coordinates, under what `use` put on the model; `relative`: the call has a position."""
@@ -422,6 +425,9 @@ def mask_of(attention_mask: Mask | BlockMask | Tensor | None, query: Tensor, S: 
         raise TypeError(
             f"attention_mask: expected a tensor or lcattn's Mask, got {type(attention_mask).__name__}"
         )
+    if attention_mask.layout == Full() and attention_mask.key_mask is None:
+        # keys that a prefix added unannounced are seen as well, which sdpa reaches by making no mask at all
+        return replace(attention_mask, sizes=(B, T, S), views={})
     b, t, s = attention_mask.sizes
     if b not in (1, B) or (t, s) != (T, S):
         raise ValueError(
