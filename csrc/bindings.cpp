@@ -267,7 +267,8 @@ DType kernel_dtype(ScalarType dtype) {
   }
 }
 
-Problem make_problem(const Inputs& in, const Tensor& out, const Tensor& lse) {
+Problem make_problem(const Inputs& in, const Tensor& out, const Tensor& lse,
+                     const Tensor& lse_rest) {
   Problem p;
   const auto counted = [](const TensorList& list, const char* name) {
     require(!list.empty() && list.size() <= kMaxPhases, name, " must be 1 to ", kMaxPhases,
@@ -345,6 +346,8 @@ Problem make_problem(const Inputs& in, const Tensor& out, const Tensor& lse) {
 
   p.out = output_view(out, "out", dtype, p.B, p.H, p.T, p.D);
   p.lse = data<float>(expect(lse, "lse", ScalarType::Float, {{p.B}, {p.H}, {p.T}}, true));
+  p.lse_rest =
+      data<float>(expect(lse_rest, "lse_rest", ScalarType::Float, {{p.B}, {p.H}, {p.T}}, true));
   return p;
 }
 
@@ -356,13 +359,13 @@ constexpr const char* kForwardSchema =
     "float softcap, Tensor? bias, int bias_min, Tensor? slope, Tensor? rel_key, int rel_key_min, "
     "Tensor? rel_query, int rel_query_min, Tensor? qr, Tensor? kr, Tensor? sink, float dropout, "
     "int seed, "
-    "Tensor(a!) out, Tensor(b!) lse) -> ()";
+    "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) lse_rest) -> ()";
 
 void cpu_forward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack);
   const Inputs in = take_inputs(args, false);
-  const Tensor out = args.take<Tensor>(), lse = args.take<Tensor>();
-  selected.load()->forward(make_problem(in, out, lse), torch_threads());
+  const Tensor out = args.take<Tensor>(), lse = args.take<Tensor>(), lse_rest = args.take<Tensor>();
+  selected.load()->forward(make_problem(in, out, lse, lse_rest), torch_threads());
 }
 
 constexpr const char* kBackwardSchema =
@@ -373,7 +376,8 @@ constexpr const char* kBackwardSchema =
     "Tensor? k_pos, float scale, float softcap, Tensor? bias, int bias_min, Tensor? slope, Tensor? "
     "rel_key, "
     "int rel_key_min, Tensor? rel_query, int rel_query_min, Tensor? qr, Tensor? kr, Tensor? sink, "
-    "float dropout, int seed, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, Tensor(a!)[] dq, "
+    "float dropout, int seed, Tensor out, Tensor lse, Tensor lse_rest, Tensor dout, Tensor? dlse, "
+    "Tensor(a!)[] dq, "
     "Tensor(b!)[] dk, Tensor(c!)[] dv, Tensor(d!)? dbias, Tensor(e!)? dslope, Tensor(f!)? "
     "drel_key, "
     "Tensor(g!)? drel_query, Tensor(h!)? dqr, Tensor(i!)? dkr, Tensor(j!)? dsink) -> ()";
@@ -381,7 +385,8 @@ constexpr const char* kBackwardSchema =
 void cpu_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack);
   const Inputs in = take_inputs(args, true);
-  const Tensor out = args.take<Tensor>(), lse = args.take<Tensor>(), dout = args.take<Tensor>();
+  const Tensor out = args.take<Tensor>(), lse = args.take<Tensor>(), lse_rest = args.take<Tensor>(),
+               dout = args.take<Tensor>();
   const MaybeTensor dlse = args.take<MaybeTensor>();
   const TensorList dq = args.take<TensorList>(), dk = args.take<TensorList>(),
                    dv = args.take<TensorList>();
@@ -390,7 +395,7 @@ void cpu_backward(StableIValue* stack, uint64_t, uint64_t) {
   const MaybeTensor dqr = args.take<MaybeTensor>(), dkr = args.take<MaybeTensor>();
   const MaybeTensor dsink = args.take<MaybeTensor>();
 
-  const Problem p = make_problem(in, out, lse);
+  const Problem p = make_problem(in, out, lse, lse_rest);
   const ScalarType dtype = in.q[0].scalar_type();
   Gradients g;
   g.dout = input_view(dout, "dout", dtype, p.B, p.H, p.T, p.D);

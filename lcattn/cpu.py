@@ -45,16 +45,23 @@ class CpuBackend:
             return f"the position has {len(problem.phase_map)} phases, at most {_MAX_PHASES}"
         return None
 
-    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         table, inputs = _inputs(problem)
         q = problem.q[0]
         out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:3], dtype=torch.float32)
-        torch.ops.lcattn.cpu_forward(*inputs[:3], inputs[3], table.seg_ptr, table.entries, *inputs[4:], out, lse)
-        return out, lse
+        lse, lse_rest = (torch.empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+        torch.ops.lcattn.cpu_forward(*inputs[:4], table.seg_ptr, table.entries, *inputs[4:], out, lse, lse_rest)
+        return out, lse, lse_rest
 
     def backward(
-        self, problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, wanted: frozenset[str]
+        self,
+        problem: Problem,
+        out: Tensor,
+        lse: Tensor,
+        lse_rest: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        wanted: frozenset[str],
     ) -> Gradients:
         table, inputs = _inputs(problem)
         grads = {name: [torch.empty_like(t) for t in getattr(problem, name)] for name in ("q", "k", "v")}
@@ -71,6 +78,7 @@ class CpuBackend:
             *inputs[4:],
             out,
             lse,
+            lse_rest,
             dout,
             None if dlse is None else dlse.float().contiguous(),
             *grads.values(),

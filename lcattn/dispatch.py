@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from . import cpu, reference
@@ -26,12 +27,19 @@ class Backend(Protocol):
         """Why this backend cannot compute the problem here, or None if it can."""
         ...
 
-    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """out [B, H, T, D] and lse [B, H, T]."""
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        """out [B, H, T, D], lse [B, H, T] and what rounding took from lse, for the backward."""
         ...
 
     def backward(
-        self, problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, wanted: frozenset[str]
+        self,
+        problem: Problem,
+        out: Tensor,
+        lse: Tensor,
+        lse_rest: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        wanted: frozenset[str],
     ) -> Gradients:
         """Gradients of q, k, v and of the terms named in `wanted`."""
         ...
@@ -43,11 +51,19 @@ class _Reference:
     def reject_reason(self, problem: Problem) -> str | None:
         return None
 
-    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        return reference.attention(problem)
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        out, lse = reference.attention(problem)
+        return out, lse, torch.zeros_like(lse)
 
     def backward(
-        self, problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, wanted: frozenset[str]
+        self,
+        problem: Problem,
+        out: Tensor,
+        lse: Tensor,
+        lse_rest: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        wanted: frozenset[str],
     ) -> Gradients:
         return reference.gradients(problem, dout, dlse)
 

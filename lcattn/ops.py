@@ -27,15 +27,21 @@ _NAMES = tuple(part.split()[1] for part in _INPUTS.split(", "))
 _N_INPUTS = len(_NAMES)
 _TERMS_AT = _NAMES.index(TERMS[0])
 
-torch.library.define("lcattn::attention", f"({_INPUTS}) -> (Tensor out, Tensor lse)")
+torch.library.define("lcattn::attention", f"({_INPUTS}) -> (Tensor out, Tensor lse, Tensor lse_rest)")
 torch.library.define(
     "lcattn::attention_backward",
-    f"({_INPUTS}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, bool[] wanted) -> Tensor[]",
+    f"({_INPUTS}, Tensor out, Tensor lse, Tensor lse_rest, Tensor dout, Tensor? dlse, bool[] wanted) -> Tensor[]",
 )
 
 
 def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """out and lse of a problem, differentiable, on the named backend."""
+    out, lse, _ = torch.ops.lcattn.attention(*arguments(problem, backend))
+    return out, lse
+
+
+def arguments(problem: Problem, backend: str) -> tuple[Any, ...]:
+    """What the operator takes for a problem, in the order of its schema."""
     parts = (problem.layout, *problem.phases)
     values = {
         **{name: getattr(problem, name, None) for name in _NAMES},
@@ -47,7 +53,7 @@ def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
         "phase_map": [at for phase in problem.phase_map for at in phase],
         "backend": backend,
     }
-    return torch.ops.lcattn.attention(*values.values())
+    return tuple(values.values())
 
 
 def _layouts(specs: str, tensors: Sequence[Tensor]) -> tuple[Layout, ...]:
@@ -74,19 +80,25 @@ def _problem(inputs: Sequence[Any]) -> Problem:
     for name in ("q", "k", "v"):
         values[name] = tuple(values[name])
     phase_map = tuple(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
-    return Problem(**values, layout=layout, phases=tuple(phases), phase_map=phase_map)
+    problem = Problem(**values, layout=layout, phases=tuple(phases), phase_map=phase_map)
+    if layout.tensors:
+        # a tracer saw only some of their sizes
+        B, H, _, T, S, _ = problem.sizes
+        layout.check(B, H, T, S)
+    return problem
 
 
 @torch.library.impl("lcattn::attention", "default")
-def _attention(*inputs: Any) -> tuple[Tensor, Tensor]:
+def _attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem = _problem(inputs)
     return dispatch.select(problem, inputs[-1]).forward(problem)
 
 
 @torch.library.register_fake("lcattn::attention")
-def _attention_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+def _attention_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     q = inputs[0][0]
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q.dtype))
+    lse = q.new_empty(q.shape[:3], dtype=_lse_dtype(q.dtype))
+    return torch.empty_like(q), lse, torch.empty_like(lse)
 
 
 def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -96,9 +108,9 @@ def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
 @torch.library.impl("lcattn::attention_backward", "default")
 def _backward(*inputs: Any) -> list[Tensor]:
     problem = _problem(inputs[:_N_INPUTS])
-    out, lse, dout, dlse, wanted = inputs[_N_INPUTS:]
+    out, lse, lse_rest, dout, dlse, wanted = inputs[_N_INPUTS:]
     names = frozenset(name for name, want in zip(TERMS, wanted, strict=True) if want)
-    grads = dispatch.select(problem, inputs[_N_INPUTS - 1]).backward(problem, out, lse, dout, dlse, names)
+    grads = dispatch.select(problem, inputs[_N_INPUTS - 1]).backward(problem, out, lse, lse_rest, dout, dlse, names)
     result = [*grads.q, *grads.k, *grads.v]
     for name in TERMS:
         grad = getattr(grads, name) if name in names else None
@@ -108,15 +120,16 @@ def _backward(*inputs: Any) -> list[Tensor]:
 
 @torch.library.register_fake("lcattn::attention_backward")
 def _backward_fake(*inputs: Any) -> list[Tensor]:
-    dout, wanted = inputs[_N_INPUTS + 2], inputs[-1]
+    dout, wanted = inputs[_N_INPUTS + 3], inputs[-1]
     result = [torch.empty_like(t) for tensors in inputs[:3] for t in tensors]
     for term, want in zip(inputs[_TERMS_AT : _TERMS_AT + len(TERMS)], wanted, strict=True):
         result.append(torch.empty_like(term) if want else dout.new_empty(0))
     return result
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
     q, k, v = inputs[:3]
     tensors_at = _NAMES.index("layout_tensors")
     layout_tensors = inputs[tensors_at]
@@ -125,9 +138,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.rest = inputs[tensors_at + 1 :]
 
 
-def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
     n_q, n_k, n_v, n_layout = ctx.lengths
-    *saved, out, lse = ctx.saved_tensors
+    *saved, out, lse, lse_rest = ctx.saved_tensors
     singles_at = n_q + n_k + n_v
     singles = saved[singles_at : len(saved) - n_layout]
     lists = [saved[:n_q], saved[n_q : n_q + n_k], saved[n_q + n_k : singles_at]]
@@ -141,6 +154,7 @@ def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
         *ctx.rest,
         out,
         lse,
+        lse_rest,
         torch.zeros_like(out) if dout is None else dout,
         dlse,
         wanted,

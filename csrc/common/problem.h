@@ -92,6 +92,8 @@ struct Problem {
 
   View out;                                 // [B, H, T, D], dtype
   float* lse = nullptr;                     // [B, H, T], natural log
+  // [B, H, T], what rounding took from lse, so that the backward's p sums to one for large scores too
+  float* lse_rest = nullptr;
 };
 
 // Gradients. With delta_i = sum_d dout_i out_i - dlse_i:  ds_ij = p_ij (drop'(dout_i . v_j) - delta_i)

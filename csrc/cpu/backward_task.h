@@ -2,15 +2,18 @@
 //
 // dk and dv of a key block gather in a column of tiles, dq of a query block in a slot. A slot is
 // taken when the part first touches its block and also holds what is needed of the block again and
-// again: scale Q, -lse, -delta and, unless it can be read in place, dO. After the last touch dq is
-// written out and the slot reused, so a part of a banded layout never has more in use than the band
-// is wide.
+// again: log2(e) scale Q, -lse, -delta and, unless it can be read in place, dO. After the last
+// touch dq is written out and the slot reused, so a part of a banded layout never has more in use
+// than the band is wide.
 #pragma once
 
 #include "backward_plan.h"
 #include "backward_terms.h"
 
 namespace lcattn::cpu::LCATTN_ISA {
+
+// floats a slot keeps for each row: -lse, -delta, and the rest of -lse; lse in units of log2
+constexpr int64_t kRowScalars = 3;
 
 // what the tasks of one call share
 struct Call {
@@ -27,7 +30,9 @@ struct Call {
   float *rel_key, *rel_query;  // [rows][L][padded D]
 
   int64_t tile_floats() const { return kBlock * shape.dim; }
-  int64_t slot_floats() const { return (keeps_dout() ? 3 : 2) * tile_floats() + 2 * kBlock; }
+  int64_t slot_floats() const {
+    return (keeps_dout() ? 3 : 2) * tile_floats() + kRowScalars * kBlock;
+  }
   // rows of dout that are not dense float32 are copied; those of a [B, T, H, D] tensor fall into
   // few sets of the cache
   bool keeps_dout() const {
@@ -62,15 +67,19 @@ struct Call {
                g_head * shape.group + rest % shape.group, query_of(q_block), rows_of_block(q_block),
                p.D, from, shape.dim, factors);
   }
-  // writes dk, dv, dkr of a key block; factors: of dkr
+  // writes dk, dv, dkr of a key block; factors: of dkr. dk gathered queries in units of log2.
   void write_column(int64_t b, int64_t g_head, int64_t k_block, const float* column,
                     const float* factors) const {
     const int64_t key = k_block * kBlock, keys = p.S - key < kBlock ? p.S - key : kBlock;
+    float natural[kBlock];
+    for (float& factor : natural) factor = 1.0f / kLog2e;
     for (int64_t t = 0; t < column_tiles(); ++t) {
       const bool is_k = t < p.n_k, is_v = !is_k && t < p.n_k + p.n_v;
       const View& view = is_k ? g.dk[t] : is_v ? g.dv[t - p.n_k] : g.dkr;
       store_rows(view, p.dtype, b, g_head, key, keys, p.D, column + t * tile_floats(), shape.dim,
-                 is_k || is_v ? nullptr : factors);
+                 is_k   ? natural
+                 : is_v ? nullptr
+                        : factors);
     }
   }
 };
@@ -104,7 +113,7 @@ class Task {
         slots_(scratch.take<float>(slots * call.slot_floats())),
         free_slots_(scratch.take<float*>(slots)),
         slot_of_(scratch.take<float*>(call.shape.n_tiles)),
-        terms_(call.p, 1.0f, false, scratch),
+        terms_(call.p, kLog2e, false, scratch),
         slow_(call.p, scratch) {
     for (int64_t i = 0; i < slots; ++i) free_slots_[i] = slots_ + i * call.slot_floats();
     n_free_ = slots;
@@ -229,18 +238,26 @@ class Task {
     slot_of_[tile] = nullptr;
   }
 
-  // -lse and -delta; a row that sees nothing gets -inf and 0, so that p and ds come out as 0
+  // -lse, -delta and what rounding took from -lse; a row that sees nothing gets -inf, 0 and 0, so
+  // that p and ds come out as 0
   void row_scalars(int64_t h, int64_t query, int64_t rows, Rows dout, float* minus_lse) {
-    float* minus_delta = minus_lse + kBlock;
+    float *minus_delta = minus_lse + kBlock, *minus_rest = minus_delta + kBlock;
     const Rows out = rows_of(p_.out, p_.dtype, b_, h, query, rows, p_.D, true, out_rows_);
     const int64_t first = (b_ * p_.H + h) * p_.T + query;
     for (int64_t r = 0; r < rows; ++r) {
       const float lse = p_.lse[first + r];
       const bool empty = lse == -kInf;
-      const float delta = dot(out.from(r).data, dout.from(r).data, p_.D) -
-                          (c_.g.dlse ? c_.g.dlse[first + r] : 0.0f);
-      minus_lse[r] = empty ? -kInf : -lse;
+      // summed in the order of the products, so that dout . v - delta is 0 where a row sees one key
+      float delta = 0.0f;
+      for (int64_t d = 0; d < p_.D; ++d) {
+        delta += out.data[r * out.stride + d] * dout.data[r * dout.stride + d];
+      }
+      if (c_.g.dlse) delta -= c_.g.dlse[first + r];
+      const double exact =
+          -1.4426950408889634 * (static_cast<double>(lse) + p_.lse_rest[first + r]);
+      minus_lse[r] = empty ? -kInf : static_cast<float>(exact);
       minus_delta[r] = empty ? 0.0f : -delta;
+      minus_rest[r] = empty ? 0.0f : static_cast<float>(exact - minus_lse[r]);
     }
   }
 
@@ -263,13 +280,13 @@ class Task {
     float* dq = acquire(dq_at);
     float* dqr = c_.shape.want_dqr ? acquire(dqr_at) : nullptr;
     float* q = dq + c_.tile_floats();
-    float* minus_lse = dq + c_.slot_floats() - 2 * kBlock;
+    float* minus_lse = dq + c_.slot_floats() - kRowScalars * kBlock;
 
     load_keys(phase);
     Rows dout = {q + c_.tile_floats(), c_.shape.dim};
     if (!c_.keeps_dout()) dout = rows_of(c_.g.dout, p_.dtype, b_, h, query, rows, p_.D, true, q);
     if (is_new) {
-      copy_rows(p_.q[p_.q_of[phase]], p_.dtype, b_, h, query, rows, p_.D, p_.scale, q);
+      copy_rows(p_.q[p_.q_of[phase]], p_.dtype, b_, h, query, rows, p_.D, p_.scale, q, kLog2e);
       if (c_.keeps_dout()) {
         copy_rows(c_.g.dout, p_.dtype, b_, h, query, rows, p_.D, 1.0f, q + c_.tile_floats());
       }
@@ -292,6 +309,7 @@ class Task {
       tile.dout = dout;
       tile.packed_k = packed_k_, tile.packed_v = packed_v_;
       tile.minus_lse = minus_lse, tile.minus_delta = minus_lse + kBlock;
+      tile.minus_rest = minus_lse + 2 * kBlock;
       tile.visible = whole ? &whole_ : &mask_;
       if (plain) {
         fast_scores(tile, whole);
@@ -308,11 +326,13 @@ class Task {
   void fast_scores(const Tile& t, bool whole) {
     const float* strip = terms_.strip() + (kBlock - 1);
     if (whole) {
-      probabilities<false>(t.q, packed_k_, p_.D, t.rows, whole_, t.minus_lse, strip, p_tile_);
+      probabilities<false>(t.q, packed_k_, p_.D, t.rows, whole_, t.minus_lse, t.minus_rest, strip,
+                           p_tile_);
       score_gradients<false>(t.dout, packed_v_, p_.D, t.rows, whole_, t.minus_delta, p_tile_,
                              ds_tile_);
     } else {
-      probabilities<true>(t.q, packed_k_, p_.D, t.rows, mask_, t.minus_lse, strip, p_tile_);
+      probabilities<true>(t.q, packed_k_, p_.D, t.rows, mask_, t.minus_lse, t.minus_rest, strip,
+                          p_tile_);
       score_gradients<true>(t.dout, packed_v_, p_.D, t.rows, mask_, t.minus_delta, p_tile_,
                             ds_tile_);
     }

@@ -2,8 +2,8 @@
 //
 // The slower path, for softcap, dropout, relative terms, and coordinates that do not step by one:
 //
-//   s  = all terms of the score, capped if there is a softcap
-//   p  = exp(s - lse),   dropped = keep p / (1 - dropout)
+//   s  = all terms of the score in units of log2, capped if there is a softcap
+//   p  = 2^(s - lse),   dropped = keep p / (1 - dropout)
 //   ds = p (keep dp / (1 - dropout) - delta) (1 - (s / softcap)^2)
 //
 //   dqr_i = scale sum_j ds_ij rel_key[c_ij]        drel_key[c] = scale sum of ds_ij qr_i where c_ij
@@ -24,10 +24,10 @@ namespace lcattn::cpu::LCATTN_ISA {
 // one query tile against one key block
 struct Tile {
   int64_t b, h, g, phase;
-  int64_t query, rows, key, keys;        // first and number of both
-  Rows q, dout;                          // q times scale
-  const float *packed_k, *packed_v;      // K^T and V^T
-  const float *minus_lse, *minus_delta;  // [rows]
+  int64_t query, rows, key, keys;                     // first and number of both
+  Rows q, dout;                                       // q times log2(e) scale
+  const float *packed_k, *packed_v;                   // K^T and V^T
+  const float *minus_lse, *minus_delta, *minus_rest;  // [rows]
   const Visibility* visible;
   // set for the gradients by offset only
   int64_t offset;              // of the first query and key
@@ -79,19 +79,20 @@ class SlowTile {
       kept_bits(p_, tile.b, tile.h, tile.query, tile.rows, tile.key, kept);
       transpose(kept);
     }
-    const Vec log2e = broadcast(kLog2e), one = broadcast(1.0f);
+    const Vec one = broadcast(1.0f);
+    const float cap = p_.softcap * kLog2e;
     const Vec keep_factor = broadcast(1.0f / (1.0f - p_.dropout));
     for (int64_t r = 0; r < tile.rows; ++r) {
       for (int64_t j = 0; j < kBlock; j += kWidth) {
         const int64_t at = r * kBlock + j;
         Vec score = load(scores_ + at), slope = one;
-        if (p_.softcap > 0.0f) {
-          score = soft_cap(score, p_.softcap);
-          const Vec share = score * broadcast(1.0f / p_.softcap);
+        if (cap > 0.0f) {
+          score = soft_cap(score, cap);
+          const Vec share = score * broadcast(1.0f / cap);
           slope = one - share * share;
         }
         const Mask seen = lanes_of(tile.visible->bits, r, j);
-        const Vec shifted = (score + broadcast(tile.minus_lse[r])) * log2e;
+        const Vec shifted = score + broadcast(tile.minus_lse[r]) + broadcast(tile.minus_rest[r]);
         const Vec prob = zero_unless(seen, exp2(shifted));
         Vec dropped = prob, dprob = load(ds + at);
         if (p_.dropout > 0.0f) {

@@ -1,12 +1,15 @@
 // The five products of one query tile against one key block.
 //
-//   P  = exp((scale Q) K^T + bias - lse)      [queries x keys], 0 where not visible
+//   P  = 2^(Q2 K^T + bias - lse)              [queries x keys], 0 where not visible
 //   dS = P (dO V^T - delta)                   [queries x keys]
-//   dV += P^T dO    dK += dS^T (scale Q)      [keys x D]
+//   dV += P^T dO    dK += dS^T Q2             [keys x D], dK still in units of log2
 //   dQ += dS K                                [queries x D], still without scale
 //
-// The exponential and the product with P happen on finished accumulators, in registers; -delta is
-// what those of the second product start from. Nothing of the tile is computed twice. K^T and V^T
+// Q2 = log2(e) scale Q, bias and lse in units of log2, all rounded as in the forward pass: a key
+// that has all the weight gets p = 1 exactly, however large its score.
+//
+// The exponential and the product with P happen on finished accumulators, in registers. Nothing of
+// the tile is computed twice. K^T and V^T
 // are packed once per key block; P^T and dS^T are read from the row-major tiles as broadcasts. A
 // masked tile carries, for each register tile, the range of keys (or queries) it can see at all;
 // all five products stay inside it.
@@ -56,22 +59,22 @@ struct Visibility {
 template <bool kMasked>
 struct FinishProbabilities {
   const float* minus_lse;
+  const float* minus_rest;
   const float* strip;
   const uint64_t* bits;
   float* p;
 
   template <int R, int C>
   LCATTN_INLINE void operator()(const Acc<R, C>& acc, int64_t row, int64_t vector) const {
-    const Vec log2e = broadcast(kLog2e);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec shift = broadcast(minus_lse[row + r]);
+      const Vec shift = broadcast(minus_lse[row + r]), rest = broadcast(minus_rest[row + r]);
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
         const int64_t key = (vector + c) * kWidth;
-        // the score first, rounded as in the forward pass: a key that has all the weight gets p = 1
+        // the score first, rounded as in the forward pass
         const Vec score = acc.at[r][c] + load(strip + key - (row + r));
-        Vec value = exp2((score + shift) * log2e);
+        Vec value = exp2(score + shift + rest);
         if constexpr (kMasked) {
           const uint32_t lanes = static_cast<uint32_t>(bits[row + r] >> key) & ((1u << kWidth) - 1);
           value = zero_unless(mask_from_bits(lanes), value);
@@ -82,20 +85,8 @@ struct FinishProbabilities {
   }
 };
 
-struct StartRows {
-  const float* rows;
-
-  template <int R, int C>
-  LCATTN_INLINE void operator()(Acc<R, C>& acc, int64_t row, int64_t) const {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc.at[r][c] = broadcast(rows[row + r]);
-    }
-  }
-};
-
 struct FinishScoreGradients {
+  const float* minus_delta;
   const float* p;
   float* ds;
 
@@ -103,10 +94,12 @@ struct FinishScoreGradients {
   LCATTN_INLINE void operator()(const Acc<R, C>& acc, int64_t row, int64_t vector) const {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+      // delta last: it cancels dout . v exactly where a row sees one key
+      const Vec shift = broadcast(minus_delta[row + r]);
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
         const int64_t at = (row + r) * kBlock + (vector + c) * kWidth;
-        store(ds + at, acc.at[r][c] * load(p + at));
+        store(ds + at, (acc.at[r][c] + shift) * load(p + at));
       }
     }
   }
@@ -141,9 +134,11 @@ LCATTN_INLINE void square_product(Rows a, const float* packed, int64_t depth, in
 template <bool kMasked>
 __attribute__((noinline)) void probabilities(Rows q, const float* packed_k, int64_t dim,
                                              int64_t rows, const Visibility& visible,
-                                             const float* minus_lse, const float* strip, float* p) {
-  square_product<kMasked>(q, packed_k, dim, rows, visible, p, StartAtZero{},
-                          FinishProbabilities<kMasked>{minus_lse, strip, visible.bits.row, p});
+                                             const float* minus_lse, const float* minus_rest,
+                                             const float* strip, float* p) {
+  square_product<kMasked>(
+      q, packed_k, dim, rows, visible, p, StartAtZero{},
+      FinishProbabilities<kMasked>{minus_lse, minus_rest, strip, visible.bits.row, p});
 }
 
 template <bool kMasked>
@@ -151,8 +146,8 @@ __attribute__((noinline)) void score_gradients(Rows dout, const float* packed_v,
                                                int64_t rows, const Visibility& visible,
                                                const float* minus_delta, const float* p,
                                                float* ds) {
-  square_product<kMasked>(dout, packed_v, dim, rows, visible, ds, StartRows{minus_delta},
-                          FinishScoreGradients{p, ds});
+  square_product<kMasked>(dout, packed_v, dim, rows, visible, ds, StartAtZero{},
+                          FinishScoreGradients{minus_delta, p, ds});
 }
 
 // the product alone, where more terms follow

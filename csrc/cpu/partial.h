@@ -48,9 +48,10 @@ LCATTN_INLINE void finish_row(const Problem& p, int64_t b, int64_t h, int64_t qu
   const float keep = p.dropout > 0.0f ? 1.0f - p.dropout : 1.0f;
   const float factor = total == 0.0f ? 0.0f : 1.0f / (total * keep);
   store_rows(p.out, p.dtype, b, h, query, 1, p.D, scratch, stride, &factor);
-  p.lse[(b * p.H + h) * p.T + query] =
-      total == 0.0f ? -kInf
-                    : static_cast<float>(reference * 0.69314718055994531 + __builtin_log(total));
+  const double lse = reference * 0.69314718055994531 + __builtin_log(total);
+  const int64_t at = (b * p.H + h) * p.T + query;
+  p.lse[at] = total == 0.0f ? -kInf : static_cast<float>(lse);
+  p.lse_rest[at] = total == 0.0f ? 0.0f : static_cast<float>(lse - p.lse[at]);
 }
 
 }  // namespace lcattn::cpu::LCATTN_ISA
