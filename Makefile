@@ -31,13 +31,14 @@ demo: build/.built
 bench: build/.built
 	$(BIN)/python -m bench
 
-# the preloaded libstdc++ lets AddressSanitizer find __cxa_throw; Python leaks by design; pytest would swallow reports
+# the preloaded libstdc++ lets AddressSanitizer find __cxa_throw; Python leaks by design; capturing
+# file descriptors, pytest would swallow the reports
 sanitize: build/.built
 	rm -rf build/sanitize
 	LCATTN_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	PYTHONPATH=build/sanitize/lib $(BIN)/pytest tests -m kernels --capture=sys
+	PYTHONPATH=$(CURDIR)/build/sanitize/lib $(BIN)/pytest tests -m kernels --capture=sys
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
