@@ -383,8 +383,10 @@ _HIDDEN = -1e4
 
 def _from_values(values: Tensor, T: int, S: int) -> Mask:
     """The mask that a [B or 1, H or 1, T or 1, S] tensor gives: True or 0 sees, False or -inf does not."""
+    # tensors of inference mode don't count their changes
+    version = None if values.is_inference() else values._version
     known = _by_value.get(values)
-    if known is not None and known[0] == values._version and known[1].sizes[1:] == (T, S):
+    if known is not None and known[0] == version is not None and known[1].sizes[1:] == (T, S):
         return known[1]
     if values.dim() != 4 or values.shape[2] not in (1, T) or values.shape[3] not in (1, S):
         raise ValueError(f"attention_mask: expected [B or 1, H or 1, {T}, {S}], got {list(values.shape)}")
@@ -395,7 +397,7 @@ def _from_values(values: Tensor, T: int, S: int) -> Mask:
         if values.requires_grad or not bool((seen | (values <= _HIDDEN)).all()):
             raise ValueError(
                 "attention_mask: a float mask must hold 0 where a key is seen and -inf (or at most -1e4)"
-                " where not; for a bias on scores: lcattn.hf.use(model, layout, position=lcattn.RelativeBias(...))"
+                " where not; for a bias on scores: lcattn.hf.use(model, layout, lcattn.RelativeBias(...))"
             )
     q_offset = 0 if T == S else None
     if values.shape[1] == values.shape[2] == 1:
@@ -404,7 +406,7 @@ def _from_values(values: Tensor, T: int, S: int) -> Mask:
     else:
         layout, key_mask = Blocks(seen.expand(-1, -1, T, S), block=1), None
     mask = Mask((values.shape[0], T, S), layout, layout, key_mask, q_offset, device=values.device)
-    _by_value[values] = (values._version, mask)
+    _by_value[values] = (version, mask)
     return mask
 
 
