@@ -37,6 +37,7 @@ def tensors(draw, s, dtype=torch.float32):
     return q, k, draw.normal(s.B, s.G, s.S, s.D, dtype=dtype)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_repeat_runs_are_bit_equal(backend, layout, seed):
