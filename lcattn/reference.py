@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -137,19 +138,62 @@ def attention(problem: Problem) -> tuple[Tensor, Tensor]:
 def gradients(problem: Problem, dout: Tensor, dlse: Tensor | None) -> Gradients:
     """Gradients of sum(dout * out) + sum(dlse * lse), by autograd through `attention`."""
 
+    def total(problem: Problem) -> Tensor:
+        out, lse = attention(problem)
+        if dlse is None:
+            return (out * dout).sum()
+        # an empty row's lse is a constant, whatever gradient arrives
+        return (out * dout).sum() + torch.where(lse.isfinite(), lse * dlse, 0).sum()
+
+    return _differentiate(problem, total)
+
+
+def recomputed_gradients(problem: Problem, dout: Tensor, dlse: Tensor | None) -> Gradients:
+    """The same gradients by the formulas of fused kernels, which keep out and lse and not p.
+
+    delta_i = sum_d dout_i out_i - dlse_i;  ds_ij = p_ij (drop'(dout_i . v_j) - delta_i);  dsink = -sum p_sink delta.
+
+    In a narrow dtype they round where any such kernel must: out once, and both sides of the difference in ds, which
+    cancel where a row sees one key. Source: Dao 2023 (FlashAttention-2), algorithm 2.
+    """
+    B, H, G, T, S, _ = problem.sizes
+    with torch.no_grad():
+        out, lse = attention(problem)
+        phases, _ = weights(problem)
+        delta = (out * dout).sum(3)
+        if dlse is not None:
+            delta = (delta - dlse).to(delta.dtype)
+        factor: Tensor | float = 1.0
+        if problem.dropout:
+            assert problem.seed is not None
+            factor = dropout_keep(B, H, T, S, problem.dropout, problem.seed).to(out.dtype) / (1 - problem.dropout)
+
+    def total(problem: Problem) -> Tensor:
+        result = torch.zeros((), dtype=lse.dtype, device=out.device)
+        for score, p, (_, _, v_at) in zip(scores(problem), phases, problem.phase_map, strict=True):
+            values = problem.v[v_at].repeat_interleave(H // G, dim=1)
+            ds = p * ((dout @ values.detach().mT) * factor - delta[..., None])
+            result = result + (score * ds).sum() + (((p * factor) @ values) * dout).sum()
+        if problem.sink is not None:
+            sink = problem.sink[:, None]
+            result = result - (sink * torch.exp(sink - lse).detach().to(delta.dtype) * delta).sum()
+        return result
+
+    return _differentiate(problem, total)
+
+
+def _differentiate(problem: Problem, total: Callable[[Problem], Tensor]) -> Gradients:
+    """Gradients of total(problem) with respect to every differentiable tensor of the problem."""
+
     def leaf(t: Tensor) -> Tensor:
         return t.detach().requires_grad_()
 
     lists = {name: tuple(map(leaf, getattr(problem, name))) for name in ("q", "k", "v")}
     terms = {n: leaf(t) for n in TERMS if (t := getattr(problem, n)) is not None}
     with torch.enable_grad():
-        out, lse = attention(dataclasses.replace(problem, **lists, **terms))
-        total = (out * dout).sum()
-        if dlse is not None:
-            # an empty row's lse is a constant, whatever gradient arrives
-            total = total + torch.where(lse.isfinite(), lse * dlse, 0).sum()
+        value = total(dataclasses.replace(problem, **lists, **terms))
     leaves = [t for name in ("q", "k", "v") for t in lists[name]] + list(terms.values())
-    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    found = torch.autograd.grad(value, leaves, allow_unused=True)
     filled = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
     result, at = {}, 0
     for name in ("q", "k", "v"):

@@ -174,3 +174,14 @@ def test_dense_reference_is_sdpa(seed):
     want = torch.nan_to_num(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
     got = lcattn.attention(q, k, v, layout=lcattn.Blocks(mask, 1), backend="reference")
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("position", cases.POSITIONS)
+@pytest.mark.parametrize("variant", ["plain", "everything", "empty_rows_sink"])
+def test_recomputed_gradients_are_autograds(position, variant, seed):
+    case = cases.make(Draw(seed), "chunked_global", position, variant, Shape(2, 4, 2, 20, 30, 8))
+    problem = tolerance.to_dtype(case.problem, torch.float64)
+    dout, dlse = case.dout.double(), torch.randn(2, 4, 20, dtype=torch.float64)
+    want = reference.gradients(problem, dout, dlse)
+    got = reference.recomputed_gradients(problem, dout, dlse)
+    torch.testing.assert_close(got.__dict__, want.__dict__)
