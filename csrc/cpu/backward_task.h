@@ -85,6 +85,9 @@ struct Call {
 };
 
 class Task {
+  // rows whose dots run side by side, to hide the latency of a sum in order
+  static constexpr int kDots = 8;
+
  public:
   static int64_t scratch_bytes(const Call& c, int64_t slots) {
     int64_t low, length = 0;
@@ -242,23 +245,37 @@ class Task {
   // that p and ds come out as 0
   void row_scalars(int64_t h, int64_t query, int64_t rows, Rows dout, float* minus_lse) {
     float *minus_delta = minus_lse + kBlock, *minus_rest = minus_delta + kBlock;
-    const Rows out = rows_of(p_.out, p_.dtype, b_, h, query, rows, p_.D, true, out_rows_);
+    const Rows out = rows_of(p_.out, p_.dtype, b_, h, query, rows, p_.D, false, out_rows_);
     const int64_t first = (b_ * p_.H + h) * p_.T + query;
+    for (int64_t r = 0; r < rows; r += kDots) row_dots(out, dout, r, rows, minus_delta);
     for (int64_t r = 0; r < rows; ++r) {
       const float lse = p_.lse[first + r];
       const bool empty = lse == -kInf;
-      // summed in the order of the products, so that dout . v - delta is 0 where a row sees one key
-      float delta = 0.0f;
-      for (int64_t d = 0; d < p_.D; ++d) {
-        delta += out.data[r * out.stride + d] * dout.data[r * dout.stride + d];
-      }
-      if (c_.g.dlse) delta -= c_.g.dlse[first + r];
       const double exact =
           -1.4426950408889634 * (static_cast<double>(lse) + p_.lse_rest[first + r]);
+      const float delta = minus_delta[r] - (c_.g.dlse ? c_.g.dlse[first + r] : 0.0f);
       minus_lse[r] = empty ? -kInf : static_cast<float>(exact);
-      minus_delta[r] = empty ? 0.0f : -delta;
       minus_rest[r] = empty ? 0.0f : static_cast<float>(exact - minus_lse[r]);
+      minus_delta[r] = empty ? 0.0f : -delta;
     }
+  }
+
+  // out . dout of rows [first, first + kDots), summed exactly as the products sum, so that
+  // dout . v - delta is 0 where a row sees one key
+  void row_dots(Rows out, Rows dout, int64_t first, int64_t rows, float* dots) const {
+    const float *a[kDots], *b[kDots];
+    float sum[kDots] = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < kDots; ++i) {
+      const int64_t row = first + i < rows ? first + i : rows - 1;
+      a[i] = out.from(row).data;
+      b[i] = dout.from(row).data;
+    }
+    for (int64_t d = 0; d < p_.D; ++d) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kDots; ++i) sum[i] = fma(a[i][d], b[i][d], sum[i]);
+    }
+    for (int i = 0; i < kDots && first + i < rows; ++i) dots[first + i] = sum[i];
   }
 
   void find_mask(int64_t tile, int64_t shift, int64_t rows) {

@@ -9,10 +9,9 @@
 // that has all the weight gets p = 1 exactly, however large its score.
 //
 // The exponential and the product with P happen on finished accumulators, in registers. Nothing of
-// the tile is computed twice. K^T and V^T
-// are packed once per key block; P^T and dS^T are read from the row-major tiles as broadcasts. A
-// masked tile carries, for each register tile, the range of keys (or queries) it can see at all;
-// all five products stay inside it.
+// the tile is computed twice. K^T and V^T are packed once per key block; P^T and dS^T are read from
+// the row-major tiles as broadcasts. A masked tile carries, for each register tile, the range of
+// keys (or queries) it can see at all; all five products stay inside it.
 #pragma once
 
 #include "load.h"
@@ -21,6 +20,15 @@
 namespace lcattn::cpu::LCATTN_ISA {
 
 constexpr int kBlockVectors = kBlock / kWidth;
+
+// rounds as one lane of the vectors' fma
+LCATTN_INLINE float fma(float a, float b, float c) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 
 // what of a tile is visible, and what of it the products can skip
 struct Visibility {
