@@ -134,11 +134,14 @@ class Mask:
                 f"lcattn.hf.use: {S - T} keys precede the {T} queries; if they are a tuned prefix, call use"
                 " on the PEFT model"
             )
-        if layout.by_index and (T != S or self.q_offset != 0 or self.padding is not None):
+        whole = T == S and self.q_offset == 0 and self.padding is None and self.position_ids is None
+        if layout.by_index and not whole:
             raise ValueError(
-                f"lcattn.hf.use: {layout} counts plain indices from 0, which serves no cache and no padding;"
-                " documents are better told by position_ids, a mask by attention_mask"
+                f"lcattn.hf.use: {layout} counts plain indices from 0, which serves no cache, padding or"
+                " packing; documents are better told by position_ids, a mask by attention_mask"
             )
+        if prefix and not isinstance(layout, Full):
+            layout = layout | Global(indices=tuple(range(-prefix, 0)))
         if self.kv_offset and self.q_offset is not None:
             for first in set((self.q_offset - self._left_padding(prefix) - prefix).tolist()):
                 if _reaches(layout, first, T, first - self.q_offset, self.kv_offset):
@@ -146,8 +149,6 @@ class Mask:
                         f"lcattn.hf.use: {layout} sees keys that the model's sliding-window cache dropped;"
                         " pass past_key_values=transformers.DynamicCache(), which keeps them all"
                     )
-        if prefix:
-            return layout | Global(indices=tuple(range(-prefix, 0)))
         return layout
 
     def _left_padding(self, prefix: int) -> Tensor:
