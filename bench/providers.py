@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lcattn
-from lcattn import tolerance
+from lcattn import reference, tolerance
+from lcattn.api import make_problem
 from lcattn.layout import Layout
 from lcattn.position import Position
+from lcattn.problem import Gradients
 
 from .workloads import Inputs, Workload
 
@@ -413,25 +415,21 @@ PROVIDERS = {
 
 
 def reference_answer(
-    prepared: Prepared, w: Workload, inputs: Inputs, dtype: torch.dtype
+    prepared: Prepared, inputs: Inputs, dtype: torch.dtype, differentiate: Callable[..., Gradients]
 ) -> dict[str, Tensor]:
     """What a provider should give, by lcattn's dense reference in `dtype`: out, and gradients of leaves."""
-    tensors = {n: getattr(inputs, n).to(dtype).requires_grad_() for n in ("q", "k", "v")}
-    bias = prepared.leaves.get("table", inputs.table).detach().to(dtype).requires_grad_()
-    position = prepared.position and prepared.position(bias)
-    out = lcattn.attention(
-        tensors["q"],
-        tensors["k"],
-        tensors["v"],
-        layout=prepared.answers,
-        position=position,
-        scale=prepared.scale,
-        backend="reference",
-    )
+    q, k, v, dout = (getattr(inputs, n).to(dtype) for n in ("q", "k", "v", "dout"))
+    table = prepared.leaves.get("table", inputs.table).detach().to(dtype).requires_grad_()
+    position = prepared.position and prepared.position(table)
+    asked = (prepared.answers, position, prepared.scale)
+    problem = make_problem(q, k, v, *asked, None, None, None, None, None, 0.0, "reference")
+    with torch.no_grad():
+        found = {"out": reference.attention(problem)[0]}
+    grads = differentiate(problem, dout, None)
+    found |= {"dq": grads.q[0], "dk": grads.k[0], "dv": grads.v[0]}
     if position is not None:
-        tensors["table"] = bias
-    out.backward(inputs.dout.to(dtype))
-    return {"out": out.detach()} | {f"d{n}": t.grad for n, t in tensors.items()}
+        (found["dtable"],) = torch.autograd.grad(problem.bias, table, grads.bias)
+    return found
 
 
 def own_answer(prepared: Prepared, w: Workload, inputs: Inputs, grad: bool) -> dict[str, Tensor]:
@@ -470,8 +468,8 @@ def gate(provider: Provider, w: Workload, measure: str, seed: int) -> Verdict:
     grad = measure == "forward+backward"
     prepared = provider.prepare(small, inputs, grad)
     got = own_answer(prepared, small, inputs, grad)
-    truth = reference_answer(prepared, small, inputs, torch.float64)
-    eager = reference_answer(prepared, small, inputs, w.dtype)
+    truth = reference_answer(prepared, inputs, torch.float64, reference.gradients)
+    eager = reference_answer(prepared, inputs, w.dtype, reference.recomputed_gradients)
     over, wrong = [], []
     for name, answer in got.items():
         found = tolerance.compare(name, answer, truth[name], eager[name].to(w.dtype))
