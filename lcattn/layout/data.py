@@ -1,0 +1,232 @@
+"""Layouts that read data: document ids, explicit masks, FlexAttention's functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .base import Bounds, Context, Layout, check_int, register, set_fields
+
+if TYPE_CHECKING:
+    from ..lowering import Region
+
+
+@register
+class Documents(Layout):
+    """Tokens see only tokens of their own document.
+
+    Args:
+        ids: [B or 1, S] int, the document of every key; a negative id marks padding, which sees and is seen by nothing.
+        cu_seqlens: [n + 1] int, document edges 0 = c_0 < ... < c_n = S, instead of ids, the same for every batch row.
+        q_ids: [B or 1, T] int, the documents of the queries; by default those of the last T keys.
+    """
+
+    ids: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    q_ids: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.ids is None) == (self.cu_seqlens is None):
+            raise ValueError("Documents: give either ids or cu_seqlens, not both and not neither")
+        if self.cu_seqlens is not None:
+            edges = torch.as_tensor(self.cu_seqlens)
+            if edges.dim() != 1 or edges.numel() < 2 or edges.is_floating_point():
+                raise ValueError(
+                    f"Documents: cu_seqlens must be [n + 1] integers, got {tuple(edges.shape)} {edges.dtype}"
+                )
+            if torch.compiler.is_compiling():
+                # the number of ids is data, which a tracer cannot read: they are expanded where the operator runs
+                given = (edges,) if self.q_ids is None else (edges, self.q_ids)
+                set_fields(self, cu_seqlens=edges, tensors=given, by_index=True, per_batch=len(given) > 1)
+                set_fields(
+                    self,
+                    spec="Documents(cu_seqlens=@)" if len(given) < 2 else "Documents(cu_seqlens=@, q_ids=@)",
+                )
+                return
+            ids = torch.repeat_interleave(torch.arange(len(edges) - 1, device=edges.device), edges.diff())[
+                None
+            ]
+        else:
+            ids = torch.as_tensor(self.ids)
+            ids = ids[None] if ids.dim() == 1 else ids
+        for name, value in (("ids", ids), ("q_ids", self.q_ids)):
+            if value is not None and (value.dim() != 2 or value.is_floating_point()):
+                raise ValueError(
+                    f"Documents: {name} must be [B, length] integers, got {tuple(value.shape)} {value.dtype}"
+                )
+        tensors = (ids,) if self.q_ids is None else (ids, self.q_ids)
+        set_fields(self, ids=ids, cu_seqlens=None, tensors=tensors, by_index=True)
+        set_fields(self, per_batch=any(t.shape[0] > 1 for t in tensors))
+        set_fields(self, spec="Documents(ids=@)" if self.q_ids is None else "Documents(ids=@, q_ids=@)")
+
+    def check(self, B: int, H: int, T: int, S: int) -> None:
+        for name, value, length in (("ids", self.ids, S), ("q_ids", self.q_ids, T)):
+            if value is not None and (value.shape[1] != length or value.shape[0] not in (1, B)):
+                raise ValueError(f"Documents: {name} must be [{B} or 1, {length}], got {tuple(value.shape)}")
+        if self.q_ids is None and T > S:
+            raise ValueError(f"Documents: {T} queries stand at the end of {S} keys; give q_ids where T > S")
+
+    def _query_ids(self, ctx_T: int) -> Tensor:
+        assert self.ids is not None
+        return self.q_ids if self.q_ids is not None else self.ids[:, self.ids.shape[1] - ctx_T :]
+
+    def _look_up(self, table: Tensor, b: Tensor | int, idx: Tensor) -> Tensor:
+        row = (
+            torch.as_tensor(b, device=table.device)
+            if table.shape[0] > 1
+            else torch.zeros((), dtype=torch.long)
+        )
+        return table[row.to(table.device), idx.to(table.device).clamp(0, table.shape[1] - 1)]
+
+    def visible(self, q_pos: Tensor, k_pos: Tensor, ctx: Context) -> Tensor:
+        assert self.ids is not None
+        q_doc = self._look_up(self._query_ids(ctx.T), ctx.b, ctx.q_idx)
+        k_doc = self._look_up(self.ids, ctx.b, ctx.k_idx)
+        return ((q_doc == k_doc) & (k_doc >= 0)).to(q_pos.device)
+
+    def bounds(self, region: Region) -> Bounds:
+        assert self.ids is not None
+        q_lo, q_hi = region.query_extent(
+            ("Documents.q", id(self)), lambda b: self._row(self._query_ids(region.T), b)
+        )
+        k_lo, k_hi = region.key_extent(("Documents.k", id(self)), lambda b: self._row(self.ids, b))
+        some = (q_lo <= k_hi) & (k_lo <= q_hi) & (q_hi >= 0) & (k_hi >= 0)
+        return some, (q_lo == q_hi) & (k_lo == k_hi) & (q_lo == k_lo) & (q_lo >= 0)
+
+    @staticmethod
+    def _row(table: Tensor | None, b: int) -> Tensor:
+        assert table is not None
+        return table[b if table.shape[0] > 1 else 0].cpu().long()
+
+
+@register
+class Blocks(Layout):
+    """An explicit block mask, by plain indices from 0: query i sees key j iff mask[b, h, i // block, j // block].
+
+    Args:
+        mask: [B or 1, H or 1, ceil(T / block), ceil(S / block)] bool; with block = 1 an ordinary attention mask.
+    """
+
+    mask: Tensor
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        check_int("Blocks", "block", self.block, 1)
+        if not isinstance(self.mask, Tensor) or self.mask.dim() != 4 or self.mask.dtype != torch.bool:
+            what = (
+                f"{tuple(self.mask.shape)} {self.mask.dtype}"
+                if isinstance(self.mask, Tensor)
+                else repr(self.mask)
+            )
+            raise ValueError(f"Blocks: mask must be a [B, H, T / block, S / block] bool tensor, got {what}")
+        set_fields(self, spec=f"Blocks(@, {self.block})", tensors=(self.mask,), by_index=True)
+        set_fields(self, per_batch=self.mask.shape[0] > 1, per_head=self.mask.shape[1] > 1)
+
+    def check(self, B: int, H: int, T: int, S: int) -> None:
+        rows, columns = -(-T // self.block), -(-S // self.block)
+        b, h, *grid = self.mask.shape
+        if b not in (1, B) or h not in (1, H) or grid != [rows, columns]:
+            raise ValueError(
+                f"Blocks: mask must be [{B} or 1, {H} or 1, {rows}, {columns}] for blocks of {self.block},"
+                f" got {list(self.mask.shape)}"
+            )
+
+    def visible(self, q_pos: Tensor, k_pos: Tensor, ctx: Context) -> Tensor:
+        b = ctx.b if self.per_batch else 0
+        h = ctx.h if self.per_head else 0
+        row = torch.div(ctx.q_idx, self.block, rounding_mode="floor").clamp(0, self.mask.shape[2] - 1)
+        column = torch.div(ctx.k_idx, self.block, rounding_mode="floor").clamp(0, self.mask.shape[3] - 1)
+        at = [torch.as_tensor(x, device=self.mask.device) for x in (b, h, row, column)]
+        return self.mask[tuple(at)].to(q_pos.device)
+
+    def bounds(self, region: Region) -> Bounds:
+        def count_table() -> Tensor:
+            grid = self.mask[region.b if self.per_batch else 0, region.h if self.per_head else 0].cpu()
+            counts = torch.zeros(grid.shape[0] + 1, grid.shape[1] + 1, dtype=torch.int32)
+            counts[1:, 1:] = grid.cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32)
+            return counts
+
+        counts = region.memo(("Blocks", id(self.mask)), count_table)
+        r0, r1 = region.q_first // self.block, region.q_last // self.block + 1
+        c0, c1 = region.k_first // self.block, region.k_last // self.block + 1
+        count = counts[r1, c1] - counts[r0, c1] - counts[r1, c0] + counts[r0, c0]
+        return count > 0, count == (r1 - r0) * (c1 - c0)
+
+
+CALLABLES: list[Callable[..., Any]] = []
+
+
+@register
+class FromMaskMod(Layout):
+    """FlexAttention's `mask_mod(b, h, q_idx, kv_idx) -> bool`, with its own indices, both from 0.
+
+    Lowering it costs O(T * S) time (every tile may differ), in strips of bounded memory; joined by `&` with a
+    bounded layout it costs the blocks of that layout. Create one per function and keep it: tables are cached by it.
+    """
+
+    mask_mod: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        if not callable(self.mask_mod):
+            raise ValueError(
+                f"FromMaskMod: mask_mod must be callable as f(b, h, q_idx, kv_idx), got {self.mask_mod!r}"
+            )
+        known = next((i for i, f in enumerate(CALLABLES) if f is self.mask_mod), None)
+        if known is None:
+            known = len(CALLABLES)
+            CALLABLES.append(self.mask_mod)
+        per_batch, per_head = _reads_batch_and_head(self.mask_mod)
+        set_fields(self, spec=f"FromMaskMod({known})", by_index=True, per_batch=per_batch, per_head=per_head)
+
+    def visible(self, q_pos: Tensor, k_pos: Tensor, ctx: Context) -> Tensor:
+        device = q_pos.device
+        q_idx, k_idx = ctx.q_idx.clamp(0, max(ctx.T - 1, 0)), ctx.k_idx.clamp(0, max(ctx.S - 1, 0))
+        b, h = (torch.as_tensor(x, device=device) for x in (ctx.b, ctx.h))
+        shape = torch.broadcast_shapes(b.shape, h.shape, q_idx.shape, k_idx.shape)
+        seen = torch.as_tensor(self.mask_mod(b, h, q_idx, k_idx), device=device)
+        if seen.dtype != torch.bool:
+            raise ValueError(f"FromMaskMod: mask_mod must return bool, got {seen.dtype}")
+        return seen.expand(shape)
+
+    def bounds(self, region: Region) -> Bounds:
+        some = torch.ones_like(region.q_lo, dtype=torch.bool)
+        return some, ~some
+
+
+def _reads_batch_and_head(mask_mod: Callable[..., Any]) -> tuple[bool, bool]:
+    """Whether a mask_mod uses b and h, from its traced graph; both when it cannot be traced."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    try:
+        # distinct tensors, or the tracer would take b and h for one
+        b, h, q_idx, k_idx = (torch.zeros(shape, dtype=torch.long) for shape in ((), (), (2, 1), (1, 2)))
+        graph = make_fx(mask_mod)(b, h, q_idx, k_idx).graph
+    except Exception:
+        return True, True
+    b_node, h_node = [node for node in graph.nodes if node.op == "placeholder"][:2]
+    return bool(b_node.users), bool(h_node.users)
+
+
+def FromBlockMask(block_mask: Any) -> Layout:
+    """The layout of a FlexAttention `BlockMask`: its full blocks, and its mask_mod in its partial blocks."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    if not isinstance(block_mask, BlockMask):
+        raise ValueError(f"FromBlockMask: expected a torch BlockMask, got {type(block_mask).__name__}")
+    block_q, block_k = block_mask.BLOCK_SIZE
+    if block_q != block_k:
+        raise ValueError(f"FromBlockMask: expected square blocks, got {block_mask.BLOCK_SIZE}")
+
+    def grid(num_blocks: Tensor, indices: Tensor) -> Tensor:
+        listed = torch.arange(indices.shape[-1], device=indices.device) < num_blocks[..., None]
+        counts = torch.zeros(indices.shape, dtype=torch.int32, device=indices.device)
+        return counts.scatter_add_(-1, indices.long(), listed.int()) > 0
+
+    partial = Blocks(grid(block_mask.kv_num_blocks, block_mask.kv_indices), block_q)
+    layout: Layout = partial & FromMaskMod(block_mask.mask_mod)
+    if block_mask.full_kv_num_blocks is not None:
+        layout = layout | Blocks(grid(block_mask.full_kv_num_blocks, block_mask.full_kv_indices), block_q)
+    return layout
