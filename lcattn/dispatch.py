@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
-from .problem import Gradients, Problem
+from .problem import TERMS, Gradients, Problem
 
 
 class Backend(Protocol):
@@ -53,7 +53,8 @@ class _Reference:
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         out, lse = reference.attention(problem)
-        return out, lse, torch.zeros_like(lse)
+        lse = lse.contiguous()
+        return _strided_like(problem.q[0], out), lse, torch.zeros_like(lse)
 
     def backward(
         self,
@@ -65,7 +66,20 @@ class _Reference:
         dlse: Tensor | None,
         wanted: frozenset[str],
     ) -> Gradients:
-        return reference.gradients(problem, dout, dlse)
+        grads = reference.gradients(problem, dout, dlse)
+        lists = {n: tuple(map(_strided_like, getattr(problem, n), getattr(grads, n))) for n in ("q", "k", "v")}
+        terms: dict[str, Tensor] = {}
+        for name in TERMS:
+            if (grad := getattr(grads, name)) is not None:
+                whole = name in ("qr", "kr")
+                terms[name] = _strided_like(getattr(problem, name), grad) if whole else grad.contiguous()
+        return Gradients(**lists, **terms)
+
+
+def _strided_like(model: Tensor, value: Tensor) -> Tensor:
+    """value in the strides of `empty_like(model)`, which is what every backend promises to compiled callers."""
+    promised = torch.empty_like(model)
+    return value if value.stride() == promised.stride() else promised.copy_(value)
 
 
 # what "auto" tries, in this order; the dense reference is only ever used by name

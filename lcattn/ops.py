@@ -122,8 +122,10 @@ def _backward(*inputs: Any) -> list[Tensor]:
 def _backward_fake(*inputs: Any) -> list[Tensor]:
     dout, wanted = inputs[_N_INPUTS + 3], inputs[-1]
     result = [torch.empty_like(t) for tensors in inputs[:3] for t in tensors]
-    for term, want in zip(inputs[_TERMS_AT : _TERMS_AT + len(TERMS)], wanted, strict=True):
-        result.append(torch.empty_like(term) if want else dout.new_empty(0))
+    for name, term, want in zip(TERMS, inputs[_TERMS_AT : _TERMS_AT + len(TERMS)], wanted, strict=True):
+        # gradients of tables are contiguous, whatever view the table was
+        strides = torch.preserve_format if name in ("qr", "kr") else torch.contiguous_format
+        result.append(torch.empty_like(term, memory_format=strides) if want else dout.new_empty(0))
     return result
 
 

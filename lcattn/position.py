@@ -45,6 +45,10 @@ class Terms:
         return self
 
 
+# read here, since a tracer can't ask a class for its fields
+_DEFAULTS = tuple((field.name, field.default) for field in dataclasses.fields(Terms))
+
+
 class Position(Protocol):
     """What `attention(position=...)` takes."""
 
@@ -71,13 +75,13 @@ def lower(
     joined: dict[str, Any] = {}
     for part in position:
         terms = lower(part, q, k, v, q_pos, k_pos)
-        for field in dataclasses.fields(Terms):
-            value = getattr(terms, field.name)
-            if value is field.default or field.name == "phase_map" and value == field.default:
+        for name, default in _DEFAULTS:
+            value = getattr(terms, name)
+            if value is default or name == "phase_map" and value == default:
                 continue
-            if field.name in joined:
-                raise ValueError(f"position: two positions both give the term {field.name!r}")
-            joined[field.name] = value
+            if name in joined:
+                raise ValueError(f"position: two positions both give the term {name!r}")
+            joined[name] = value
     return Terms(**joined)
 
 
