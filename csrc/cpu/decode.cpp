@@ -28,8 +28,6 @@ struct Unit {
   int64_t unfinished;
 
   int64_t rows() const { return n_heads * n_queries; }
-  int64_t head_of(int64_t row) const { return head + row / n_queries; }
-  int64_t query_of(int64_t row) const { return query + row % n_queries; }
 };
 
 // rows of K or V: their dtype, and whole vectors in each
@@ -334,9 +332,9 @@ class Decode {
   void operator()() {
     const FlushSubnormals flush;
     Scratch scratch(kWorkerScratch,
-                    DecodeTile::scratch_bytes(p_) + padded<float>(padded_dim(p_.D)));
+                    DecodeTile::scratch_bytes(p_) + padded<float>(kDecodeRows * padded_dim(p_.D)));
     DecodeTile tile(p_, scratch);
-    float* row_scratch = scratch.take<float>(padded_dim(p_.D));
+    float* merged = scratch.take<float>(kDecodeRows * padded_dim(p_.D));
     int64_t u = 0;
     for (int64_t part; (part = queue_.take(1)) < n_parts_;) {
       while (part >= units_[u].first_part + units_[u].n_parts) ++u;
@@ -349,10 +347,11 @@ class Decode {
           p_, unit.table, n * unit.n_blocks / unit.n_parts, (n + 1) * unit.n_blocks / unit.n_parts,
           [&tile](int phase, int64_t k_block, int64_t mask) { tile.visit(phase, k_block, mask); });
       if (__atomic_sub_fetch(&unit.unfinished, 1, __ATOMIC_ACQ_REL) > 0) continue;
-      for (int64_t r = 0; r < unit.rows(); ++r) {
-        finish_row(
-            p_, unit.b, unit.head_of(r), unit.query_of(r), r, unit.n_parts,
-            [&](int64_t index) { return part_at(unit.first_part + index); }, row_scratch);
+      for (int64_t h = 0; h < unit.n_heads; ++h) {
+        finish_rows(
+            p_, unit.b, unit.head + h, unit.query, unit.n_queries, unit.n_parts,
+            [&](int64_t index) { return part_at(unit.first_part + index, h * unit.n_queries); },
+            merged);
       }
     }
   }
@@ -362,12 +361,14 @@ class Decode {
     return blocks <= limit ? 1 : (blocks + limit - 1) / limit;
   }
 
-  int64_t part_size() const { return kDecodeRows * (padded_dim(p_.D) + 2); }
+  // with room to read whole vectors from any row's scalars on
+  int64_t part_size() const { return kDecodeRows * (padded_dim(p_.D) + 2) + kWidth; }
 
-  Partial part_at(int64_t part) const {
+  // from a row on
+  Partial part_at(int64_t part, int64_t row) const {
     const float* out = parts_ + part * part_size();
-    const float* row_max = out + kDecodeRows * padded_dim(p_.D);
-    return {out, padded_dim(p_.D), row_max, row_max + kDecodeRows};
+    const float* row_max = out + kDecodeRows * padded_dim(p_.D) + row;
+    return {out + row * padded_dim(p_.D), padded_dim(p_.D), row_max, row_max + kDecodeRows};
   }
 
   // without its parts

@@ -52,10 +52,8 @@ class Forward {
   // one worker
   void operator()() {
     const FlushSubnormals flush;
-    Scratch scratch(kWorkerScratch,
-                    ForwardTile::scratch_bytes(p_) + padded<float>(padded_dim(p_.D)));
+    Scratch scratch(kWorkerScratch, ForwardTile::scratch_bytes(p_));
     ForwardTile tile(p_, scratch);
-    float* row_scratch = scratch.take<float>(padded_dim(p_.D));
     int64_t heavy = 0;
     for (int64_t part; (part = part_queue_.take(1)) < n_parts_;) {
       while (part >= heavy_[heavy].first_part + heavy_[heavy].n_parts) ++heavy;
@@ -70,11 +68,9 @@ class Forward {
         attend(tile, row, table, 0, INT64_MAX);
         const QueryBlock block = query_block(row);
         const Partial whole = {tile.out(), padded_dim(p_.D), tile.row_max(), tile.row_sum()};
-        for (int64_t q = 0; q < block.count; ++q) {
-          finish_row(
-              p_, block.b, block.h, block.query + q, q, 1, [&whole](int64_t) { return whole; },
-              row_scratch);
-        }
+        finish_rows(
+            p_, block.b, block.h, block.query, block.count, 1, [&whole](int64_t) { return whole; },
+            nullptr);
       }
     }
   }
@@ -152,16 +148,14 @@ class Forward {
 
   void merge_heavy() {
     const FlushSubnormals flush;
-    Scratch scratch(kWorkerScratch, padded<float>(padded_dim(p_.D)));
-    float* row_scratch = scratch.take<float>(padded_dim(p_.D));
+    Scratch scratch(kWorkerScratch, padded<float>(kBlock * padded_dim(p_.D)));
+    float* merged = scratch.take<float>(kBlock * padded_dim(p_.D));
     for (int64_t n; (n = merge_queue_.take(1)) < n_heavy_;) {
       const HeavyRow& heavy = heavy_[n];
       const QueryBlock block = query_block(heavy.row);
-      for (int64_t q = 0; q < block.count; ++q) {
-        finish_row(
-            p_, block.b, block.h, block.query + q, q, heavy.n_parts,
-            [&](int64_t part) { return part_at(heavy.first_part + part); }, row_scratch);
-      }
+      finish_rows(
+          p_, block.b, block.h, block.query, block.count, heavy.n_parts,
+          [&](int64_t part) { return part_at(heavy.first_part + part); }, merged);
     }
   }
 

@@ -163,8 +163,8 @@ class ForwardTile {
   const TileMask* find_mask(int64_t tile, uint64_t word) {
     BitTile bits;
     TileMask* mask = masks_ + kCachedMasks;
-    const bool cacheable = word == ~uint64_t{0};
-    const int64_t at = tile % kCachedMasks;
+    const bool cacheable = tile >= 0 && word == ~uint64_t{0};
+    const int64_t at = cacheable ? tile % kCachedMasks : 0;
     if (cacheable && cached_tile_[at] == tile) {
       mask = masks_ + at;
     } else {

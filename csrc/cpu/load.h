@@ -97,20 +97,41 @@ LCATTN_INLINE char* row_address(const View& view, DType dtype, int64_t b, int64_
   return static_cast<char*>(view.data) + index * element_bytes(dtype);
 }
 
+template <DType kType>
+inline void copy_whole_vectors(const char* from, int64_t stride_bytes, int64_t count, int64_t whole,
+                               float factor, float unit, float* tile, int64_t stride) {
+  const bool scaled = factor != 1.0f || unit != 1.0f;
+  for (int64_t r = 0; r < count; ++r, from += stride_bytes, tile += stride) {
+    for (int64_t d = 0; d < whole; d += kWidth) {
+      Vec v = load_vector(from, d, kType);
+      if (scaled) v = v * broadcast(factor) * broadcast(unit);
+      store(tile + d, v);
+    }
+  }
+}
+
 // `count` rows of `dim` elements, times factor, then times unit, to float32 rows of padded_dim(dim)
 inline void copy_rows(const View& view, DType dtype, int64_t b, int64_t head, int64_t row,
                       int64_t count, int64_t dim, float factor, float* tile, float unit = 1.0f) {
   const int64_t stride = padded_dim(dim), whole = view.dim == 1 ? dim / kWidth * kWidth : 0;
-  for (int64_t r = 0; r < count; ++r) {
-    const char* from = row_address(view, dtype, b, head, row + r);
-    float* to = tile + r * stride;
-    for (int64_t d = 0; d < whole; d += kWidth) {
-      store(to + d, load_vector(from, d, dtype) * broadcast(factor) * broadcast(unit));
-    }
+  const char* from = row_address(view, dtype, b, head, row);
+  const int64_t stride_bytes = view.row * element_bytes(dtype);
+  if (dtype == DType::kFloat32) {
+    copy_whole_vectors<DType::kFloat32>(from, stride_bytes, count, whole, factor, unit, tile,
+                                        stride);
+  } else if (dtype == DType::kBFloat16) {
+    copy_whole_vectors<DType::kBFloat16>(from, stride_bytes, count, whole, factor, unit, tile,
+                                         stride);
+  } else {
+    copy_whole_vectors<DType::kFloat16>(from, stride_bytes, count, whole, factor, unit, tile,
+                                        stride);
+  }
+  if (whole == stride) return;
+  for (int64_t r = 0; r < count; ++r, from += stride_bytes, tile += stride) {
     for (int64_t d = whole; d < dim; ++d) {
-      to[d] = load_element(from, d * view.dim, dtype) * factor * unit;
+      tile[d] = load_element(from, d * view.dim, dtype) * factor * unit;
     }
-    for (int64_t d = dim; d < stride; ++d) to[d] = 0.0f;
+    for (int64_t d = dim; d < stride; ++d) tile[d] = 0.0f;
   }
 }
 
@@ -125,31 +146,47 @@ inline Rows rows_of(const View& view, DType dtype, int64_t b, int64_t head, int6
   return {tile, padded_dim(dim)};
 }
 
+// columns [0, whole) of kWidth rows, of which the last may be missing, to rows of the tile
+template <DType kType>
+inline void transpose_whole_vectors(const char* from, int64_t stride_bytes, int64_t rows,
+                                    int64_t whole, float factor, float unit, float* tile) {
+  for (int64_t d = 0; d < whole; d += kWidth) {
+    Vec square[kWidth];
+#pragma GCC unroll 16
+    for (int r = 0; r < kWidth; ++r) {
+      square[r] = r < rows ? load_vector(from + r * stride_bytes, d, kType) : zero();
+    }
+    transpose(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      store(tile + (d + i) * kBlock, square[i] * broadcast(factor) * broadcast(unit));
+    }
+  }
+}
+
 // The transpose of `count` <= kBlock rows, times factor, then times unit: tile [dim][kBlock], zeros
 // from column count on.
 inline void copy_transposed(const View& view, DType dtype, int64_t b, int64_t head, int64_t row,
                             int64_t count, int64_t dim, float factor, float* tile,
                             float unit = 1.0f) {
   const int64_t whole = view.dim == 1 ? dim / kWidth * kWidth : 0;
+  const int64_t stride_bytes = view.row * element_bytes(dtype);
   for (int64_t first = 0; first < kBlock; first += kWidth) {
     const int64_t rows = count - first < kWidth ? count - first : kWidth;
-    for (int64_t d = 0; d < whole; d += kWidth) {
-      Vec square[kWidth];
-      for (int r = 0; r < kWidth; ++r) {
-        square[r] = zero();
-        if (r >= rows) continue;
-        const char* from = row_address(view, dtype, b, head, row + first + r);
-        square[r] = load_vector(from, d, dtype) * broadcast(factor) * broadcast(unit);
-      }
-      transpose(square);
-      for (int i = 0; i < kWidth; ++i) store(tile + (d + i) * kBlock + first, square[i]);
+    const char* from = row_address(view, dtype, b, head, row + (rows > 0 ? first : 0));
+    float* to = tile + first;
+    if (dtype == DType::kFloat32) {
+      transpose_whole_vectors<DType::kFloat32>(from, stride_bytes, rows, whole, factor, unit, to);
+    } else if (dtype == DType::kBFloat16) {
+      transpose_whole_vectors<DType::kBFloat16>(from, stride_bytes, rows, whole, factor, unit, to);
+    } else {
+      transpose_whole_vectors<DType::kFloat16>(from, stride_bytes, rows, whole, factor, unit, to);
     }
-    for (int r = 0; r < kWidth; ++r) {
-      float* to = tile + first + r;
-      const char* from = row_address(view, dtype, b, head, row + (r < rows ? first + r : 0));
-      for (int64_t d = whole; d < dim; ++d) {
-        const float x = load_element(from, d * view.dim, dtype) * factor * unit;
-        to[d * kBlock] = r < rows ? x : 0.0f;
+    for (int64_t d = whole; d < dim; ++d) {
+      for (int64_t r = 0; r < kWidth; ++r) {
+        to[d * kBlock + r] =
+            r < rows ? load_element(from + r * stride_bytes, d * view.dim, dtype) * factor * unit
+                     : 0.0f;
       }
     }
   }

@@ -15,43 +15,57 @@ struct Partial {
   const float* row_sum;
 };
 
-struct RowScale {
-  float reference, total, factor;
-};
-
 LCATTN_INLINE float exp2_scalar(float x) { return exp2(broadcast(x))[0]; }
 
-// Row `row` of parts [0, n_parts), normalised and written to query `query`; scratch: padded_dim(D)
-// floats. part(index) gives a Partial.
+// Rows [0, count) of parts [0, n_parts), normalised and written to queries [query, query + count);
+// part(index) gives a Partial, whose row_max and row_sum can be read to whole vectors. merged:
+// [count][padded_dim(D)], used if there are several parts.
 template <typename Part>
-LCATTN_INLINE void finish_row(const Problem& p, int64_t b, int64_t h, int64_t query, int64_t row,
-                              int64_t n_parts, const Part& part, float* scratch) {
-  const float sink = p.sink ? p.sink[h] * kLog2e : -kInf;
-  float reference = sink;
-  for (int64_t n = 0; n < n_parts; ++n) {
-    const float row_max = part(n).row_max[row];
-    if (row_max > reference) reference = row_max;
+LCATTN_INLINE void finish_rows(const Problem& p, int64_t b, int64_t h, int64_t query, int64_t count,
+                               int64_t n_parts, const Part& part, float* merged) {
+  const Vec sink = broadcast(p.sink ? p.sink[h] * kLog2e : -kInf);
+  const float keep = p.dropout > 0.0f ? 1.0f - p.dropout : 1.0f;
+  float references[kBlock], totals[kBlock], factors[kBlock];
+  for (int64_t row = 0; row < count; row += kWidth) {
+    Vec reference = sink;
+    for (int64_t n = 0; n < n_parts; ++n) reference = max(reference, load(part(n).row_max + row));
+    reference = select(equal(reference, broadcast(-kInf)), zero(), reference);
+    Vec total = exp2(sink - reference);
+    for (int64_t n = 0; n < n_parts; ++n) {
+      const Vec factor = exp2(load(part(n).row_max + row) - reference);
+      total = fma(factor, load(part(n).row_sum + row), total);
+    }
+    Vec factor = broadcast(1.0f) / (total * broadcast(keep));
+    if (n_parts == 1) factor = factor * exp2(load(part(0).row_max + row) - reference);
+    store(factors + row, select(equal(total, zero()), zero(), factor));
+    store(references + row, reference);
+    store(totals + row, total);
   }
-  if (reference == -kInf) reference = 0.0f;
-  float total = exp2_scalar(sink - reference);
-  const int64_t stride = padded_dim(p.D);
-  for (int64_t d = 0; d < stride; d += kWidth) store(scratch + d, zero());
-  for (int64_t n = 0; n < n_parts; ++n) {
-    const Partial one = part(n);
-    const float factor = exp2_scalar(one.row_max[row] - reference);
-    total += factor * one.row_sum[row];
-    const float* out = one.out + row * one.stride;
-    for (int64_t d = 0; d < stride; d += kWidth) {
-      store(scratch + d, fma(broadcast(factor), load(out + d), load(scratch + d)));
+  const int64_t stride = padded_dim(p.D), at = (b * p.H + h) * p.T + query;
+  for (int64_t row = 0; row < count; ++row) {
+    const bool empty = totals[row] == 0.0f;
+    const double lse = references[row] * 0.69314718055994531 + __builtin_log(totals[row]);
+    p.lse[at + row] = empty ? -kInf : static_cast<float>(lse);
+    p.lse_rest[at + row] = empty ? 0.0f : static_cast<float>(lse - p.lse[at + row]);
+  }
+  if (n_parts == 1) {
+    const Partial whole = part(0);
+    store_rows(p.out, p.dtype, b, h, query, count, p.D, whole.out, whole.stride, factors);
+    return;
+  }
+  for (int64_t row = 0; row < count; ++row) {
+    float* to = merged + row * stride;
+    for (int64_t d = 0; d < stride; d += kWidth) store(to + d, zero());
+    for (int64_t n = 0; n < n_parts; ++n) {
+      const Partial one = part(n);
+      const Vec factor = exp2(broadcast(one.row_max[row] - references[row]));
+      const float* out = one.out + row * one.stride;
+      for (int64_t d = 0; d < stride; d += kWidth) {
+        store(to + d, fma(factor, load(out + d), load(to + d)));
+      }
     }
   }
-  const float keep = p.dropout > 0.0f ? 1.0f - p.dropout : 1.0f;
-  const float factor = total == 0.0f ? 0.0f : 1.0f / (total * keep);
-  store_rows(p.out, p.dtype, b, h, query, 1, p.D, scratch, stride, &factor);
-  const double lse = reference * 0.69314718055994531 + __builtin_log(total);
-  const int64_t at = (b * p.H + h) * p.T + query;
-  p.lse[at] = total == 0.0f ? -kInf : static_cast<float>(lse);
-  p.lse_rest[at] = total == 0.0f ? 0.0f : static_cast<float>(lse - p.lse[at]);
+  store_rows(p.out, p.dtype, b, h, query, count, p.D, merged, stride, factors);
 }
 
 }  // namespace lcattn::cpu::LCATTN_ISA

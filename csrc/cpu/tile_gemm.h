@@ -111,7 +111,7 @@ struct Memory {
 template <int R, int C, typename A>
 LCATTN_INLINE void multiply(Acc<R, C>& acc, A a, Rows b, int64_t depth) {
   Acc<R, C> sum = acc;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int64_t d = 0; d < depth; ++d) {
     Vec columns[C];
 #pragma GCC unroll 8
