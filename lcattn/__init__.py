@@ -1,5 +1,6 @@
 """Block-sparse relative-position attention across chunk boundaries, as drop-in torch modules."""
 
+from . import modules
 from .api import attention, attention_with_lse, merge
 from .layout import (
     Blocks,
@@ -41,4 +42,5 @@ __all__ = [
     "attention",
     "attention_with_lse",
     "merge",
+    "modules",
 ]
