@@ -37,7 +37,7 @@ def attention(
     score_ij = scale * q_i . k_j + the position's terms, then softcap * tanh(score / softcap) if softcap is given.
 
     Args:
-        q: [B, H, T, D] float; k, v: [B, G, S, D], same dtype and device, G dividing H (query head h reads head h G / H).
+        q: [B, H, T, D] float; k, v: [B, G, S, D], same dtype and device, G dividing H (head h reads h G / H).
         layout: who sees whom; layouts join with `|` and `&`.
         position: one position, or a sequence of them.
         scale: of the content term; 1 / sqrt(D) by default.
@@ -52,7 +52,8 @@ def attention(
         out [B, H, T, D] in q's dtype. A row that sees nothing is zero, and so are its gradients.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; the message names it. RuntimeError: no backend can compute the call.
+        ValueError, TypeError: an argument is wrong; the message names it.
+        RuntimeError: no backend can compute the call.
     """
     return attention_with_lse(
         q,
@@ -112,9 +113,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         raise ValueError("merge: parts must hold at least one (out, lse), got none")
     for out, lse in parts:
         if out.shape[:-1] != lse.shape or out.shape != parts[0][0].shape:
-            raise ValueError(
-                f"merge: parts must share out [B, H, T, D] and lse [B, H, T], got {list(out.shape)} and {list(lse.shape)}"
-            )
+            got = f"{list(out.shape)} and {list(lse.shape)}"
+            raise ValueError(f"merge: parts must share out [B, H, T, D] and lse [B, H, T], got {got}")
     lses = torch.stack([lse for _, lse in parts])
     top = lses.amax(0).detach()
     top = torch.where(top.isfinite(), top, 0)
@@ -206,7 +206,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions [batch, heads, length, head dim], got {list(tensor.shape)}")
+            raise ValueError(f"{name}: expected 4 dimensions [batch, heads, length, dim], got {list(tensor.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
         if tensor.dtype != q.dtype:
@@ -250,5 +250,6 @@ def _check_coordinates(name: str, position: Tensor | None, B: int, n: int) -> Te
     if position is None:
         return None
     if position.is_floating_point() or position.dtype == torch.bool or position.shape not in ((n,), (1, n), (B, n)):
-        raise ValueError(f"{name}: expected [{n}] or [{B} or 1, {n}] integers, got {list(position.shape)} {position.dtype}")
+        got = f"{list(position.shape)} {position.dtype}"
+        raise ValueError(f"{name}: expected [{n}] or [{B} or 1, {n}] integers, got {got}")
     return position[None] if position.dim() == 1 else position

@@ -6,8 +6,9 @@ Everything is drawn afresh from a seed. When a bug slips by, its class of case i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from . import position as positions
 from .layout import Layout
 from .position import Terms
 from .problem import Problem
+
+Option = TypeVar("Option")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,7 +59,7 @@ class Draw:
         """Uniform in [low, high]."""
         return int(torch.randint(low, high + 1, (), generator=self.generator))
 
-    def choice(self, options: tuple) -> object:
+    def choice(self, options: Sequence[Option]) -> Option:
         return options[self.integer(0, len(options) - 1)]
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
@@ -96,7 +99,9 @@ LAYOUTS: dict[str, Callable[[Draw, Shape], Layout]] = {
     "causal": lambda draw, s: layouts.Causal(),
     "window": lambda draw, s: layouts.Window(draw.integer(0, 90), draw.integer(0, 90)),
     "one_key": lambda draw, s: layouts.Window(0, 0),
-    "chunked": lambda draw, s: layouts.Chunked(draw.integer(5, 90), draw.integer(0, 2), draw.integer(0, 1), draw.integer(0, 20)),
+    "chunked": lambda draw, s: layouts.Chunked(
+        draw.integer(5, 90), draw.integer(0, 2), draw.integer(0, 1), draw.integer(0, 20)
+    ),
     "chunked_causal": lambda draw, s: layouts.Chunked(64) & layouts.Causal(),
     "chunked_global": lambda draw, s: (layouts.Chunked(draw.integer(30, 70)) | layouts.Global(5)) & layouts.Causal(),
     "global": lambda draw, s: layouts.Global(every=draw.integer(20, 90)) | layouts.Window(9, 9),
@@ -108,7 +113,7 @@ LAYOUTS: dict[str, Callable[[Draw, Shape], Layout]] = {
     "mask_mod": _mask_mod,
     "blocks": _block_mask,
     "mask": _element_mask,
-    "per_head": lambda draw, s: layouts.PerHead([layouts.Window(h * 7, h * 5) for h in range(s.H)]),
+    "per_head": lambda draw, s: layouts.PerHead(tuple(layouts.Window(h * 7, h * 5) for h in range(s.H))),
 }
 
 # layouts in which no query sees a key after itself, for the causality and decoding properties
@@ -119,7 +124,7 @@ def _table(draw: Draw, s: Shape, *shape: int) -> Tensor:
     return draw.normal(*shape, std=1.5)
 
 
-def _relative_keys(draw: Draw, s: Shape, length: int, **given: Tensor) -> Terms:
+def _relative_keys(draw: Draw, s: Shape, length: int, **given: Any) -> Terms:
     low = -draw.integer(0, length)
     return Terms(rel_key=_table(draw, s, draw.choice((1, s.H)), length, s.D), rel_key_min=low, **given)
 
@@ -130,7 +135,8 @@ def _shaw(draw: Draw, s: Shape, q: Tensor, k: Tensor, v: Tensor) -> Terms:
 
 def _disentangled(draw: Draw, s: Shape, q: Tensor, k: Tensor, v: Tensor) -> Terms:
     length = draw.integer(3, 60)
-    keys = _relative_keys(draw, s, length, qr=draw.normal(*q.shape, dtype=q.dtype), kr=draw.normal(*k.shape, dtype=k.dtype))
+    qr, kr = draw.normal(*q.shape, dtype=q.dtype), draw.normal(*k.shape, dtype=k.dtype)
+    keys = _relative_keys(draw, s, length, qr=qr, kr=kr)
     table = _table(draw, s, draw.choice((1, s.H)), length, s.D)
     return dataclasses.replace(keys, rel_query=table, rel_query_min=-draw.integer(0, length))
 
@@ -207,10 +213,6 @@ def _with_large_scores(draw: Draw, p: Problem) -> Problem:
     return dataclasses.replace(p, scale=p.scale * 300)
 
 
-def _free_of_phase_offsets(p: Problem) -> bool:
-    return p.offset_q_pos is None
-
-
 def _with_shifted_start(draw: Draw, p: Problem) -> Problem:
     # a run of queries inside the keys, as when a cache of fixed size is partly filled
     _, _, _, T, S, _ = p.sizes
@@ -237,25 +239,28 @@ def _with_scattered_coordinates(draw: Draw, p: Problem) -> Problem:
     return dataclasses.replace(p, q_pos=q_pos, k_pos=k_pos)
 
 
+def _relaid(p: Problem, names: tuple[str, ...], relay: Callable[[Tensor], Tensor]) -> Problem:
+    changed: dict[str, Any] = {n: tuple(map(relay, getattr(p, n))) for n in names}
+    return dataclasses.replace(p, **changed)
+
+
 def _with_transposed_strides(draw: Draw, p: Problem) -> Problem:
     # what a fused projection gives: [B, length, heads, D] seen as [B, heads, length, D]
     def relaid(t: Tensor) -> Tensor:
         return t.transpose(1, 2).contiguous().transpose(1, 2)
 
-    return dataclasses.replace(p, **{n: tuple(map(relaid, getattr(p, n))) for n in ("q", "k", "v")})
+    return _relaid(p, ("q", "k", "v"), relaid)
 
 
 def _with_feature_strides(draw: Draw, p: Problem) -> Problem:
     def relaid(t: Tensor) -> Tensor:
         return torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0]
 
-    return dataclasses.replace(p, **{n: tuple(map(relaid, getattr(p, n))) for n in ("q", "k", "v")})
+    return _relaid(p, ("q", "k", "v"), relaid)
 
 
 def _with_expanded_heads(draw: Draw, p: Problem) -> Problem:
-    return dataclasses.replace(
-        p, **{n: tuple(t[:, :1].expand_as(t) for t in getattr(p, n)) for n in ("k", "v")}
-    )
+    return _relaid(p, ("k", "v"), lambda t: t[:, :1].expand_as(t))
 
 
 VARIANTS: dict[str, Callable[[Draw, Problem], Problem]] = {
@@ -331,8 +336,8 @@ def draw_cases(seed: int) -> Iterator[Callable[[], Case]]:
     for layout in LAYOUTS:
         for position in POSITIONS:
             for dtype in DTYPES:
-                yield maker(layout, position, draw.choice(tuple(VARIANTS)), draw.choice(SHAPES), dtype)  # type: ignore[arg-type]
+                yield maker(layout, position, draw.choice(tuple(VARIANTS)), draw.choice(SHAPES), dtype)
     for variant in VARIANTS:
         for shape in SHAPES:
             layout, position = draw.choice(tuple(LAYOUTS)), draw.choice(tuple(POSITIONS))
-            yield maker(layout, position, variant, shape, torch.float32)  # type: ignore[arg-type]
+            yield maker(layout, position, variant, shape, torch.float32)

@@ -64,8 +64,8 @@ class CpuBackend:
         wanted: frozenset[str],
     ) -> Gradients:
         table, inputs = _inputs(problem)
-        grads = {name: [torch.empty_like(t) for t in getattr(problem, name)] for name in ("q", "k", "v")}
-        terms: dict[str, Tensor | None] = dict.fromkeys(TERMS)
+        grads: dict[str, Any] = {n: [torch.empty_like(t) for t in getattr(problem, n)] for n in ("q", "k", "v")}
+        terms: dict[str, Any] = dict.fromkeys(TERMS)
         for name in wanted:
             dtype = None if name in ("qr", "kr") else torch.float32
             terms[name] = torch.empty_like(getattr(problem, name), dtype=dtype, memory_format=_format(name))
@@ -84,7 +84,7 @@ class CpuBackend:
             *grads.values(),
             *terms.values(),
         )
-        return Gradients(**{n: tuple(g) for n, g in grads.items()}, **terms)
+        return Gradients(**terms | {n: tuple(g) for n, g in grads.items()})
 
 
 def _format(name: str) -> torch.memory_format:
@@ -98,9 +98,7 @@ def _table(t: Tensor | None) -> Tensor | None:
 def _inputs(problem: Problem) -> tuple[BlockTable, list[Any]]:
     """The block table, and the kernels' inputs in order: q, k, v, phase_map, mask_tiles, ..., seed."""
     B, H, _, T, S, _ = problem.sizes
-    table, row_start, default = cached_table(
-        problem.layout, problem.phases, B, H, T, S, problem.q_pos, problem.k_pos
-    )
+    table, row_start, default = cached_table(problem.layout, problem.phases, B, H, T, S, problem.q_pos, problem.k_pos)
     q_pos = k_pos = None
     if not default or problem.offset_q_pos is not None:
         q_pos, k_pos = (p.int().contiguous() for p in problem.offset_coordinates())

@@ -9,7 +9,7 @@ The environment variables of the project are read here and nowhere else:
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -67,8 +67,10 @@ class _Reference:
         wanted: frozenset[str],
     ) -> Gradients:
         grads = reference.gradients(problem, dout, dlse)
-        lists = {n: tuple(map(_strided_like, getattr(problem, n), getattr(grads, n))) for n in ("q", "k", "v")}
-        terms: dict[str, Tensor] = {}
+        lists: dict[str, Any] = {
+            n: tuple(map(_strided_like, getattr(problem, n), getattr(grads, n))) for n in ("q", "k", "v")
+        }
+        terms: dict[str, Any] = {}
         for name in TERMS:
             if (grad := getattr(grads, name)) is not None:
                 whole = name in ("qr", "kr")

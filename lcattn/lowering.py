@@ -8,6 +8,7 @@ transposed table.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections import OrderedDict
@@ -47,8 +48,9 @@ class BlockTable:
     block_k: int
 
     def to(self, device: torch.device | str) -> BlockTable:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return BlockTable(**{n: v.to(device) if isinstance(v, Tensor) else v for n, v in moved.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {n: v.to(device) for n, v in values.items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **moved)
 
     @property
     def nbytes(self) -> int:
@@ -298,7 +300,9 @@ def _merge(row: Tensor, block: Tensor, count: Tensor) -> tuple[Tensor, Tensor, T
     return row[starts], block[starts], total
 
 
-def _assemble(found: Sequence[_Found], n_tables: int, n_rows: int, n_phases: int, transpose: bool) -> tuple[Tensor, Tensor]:
+def _assemble(
+    found: Sequence[_Found], n_tables: int, n_rows: int, n_phases: int, transpose: bool
+) -> tuple[Tensor, Tensor]:
     """seg_ptr [n_tables * n_rows, 2 P + 1] and entries of one direction."""
     segments, blocks, payloads = [], [], []
     for part in found:
@@ -361,8 +365,8 @@ def lower(
                 tiles.append(new)
                 n_tiles += len(new)
     mask_tiles, renumber = _unique_tiles(torch.cat(tiles))
-    for part in found:
-        part.tile = renumber[part.tile]
+    for piece in found:
+        piece.tile = renumber[piece.tile]
     n_q, n_k = -(-T // block_q), -(-S // block_k)
     seg_ptr, entries = _assemble(found, Bt * Ht, n_q, len(split), transpose=False)
     seg_ptr_t, entries_t = _assemble(found, Bt * Ht, n_k, len(split), transpose=True)
@@ -448,14 +452,12 @@ def cached_table(
     split = (layout, *phases)
     if plain and start >= 0 and not any(part.by_index for part in split):
         n = _capacity(max(S, start + T))
-        key = (tuple(part.spec for part in split), n, H if any(p.per_head for p in split) else 1)
+        key: tuple[Any, ...] = (tuple(part.spec for part in split), n, H if any(p.per_head for p in split) else 1)
         return _cache.get(key, lambda: lower(layout, T=n, S=n, phases=phases, heads=H)), start, True
     if plain and q_pos is None and start < 0:
         q_pos = torch.arange(start, S)[None]
     tensors = [t for part in split for t in part.tensors]
     content = tuple(_digest(t) for t in (*tensors, q_pos, k_pos))
     key = (tuple(part.spec for part in split), B, H, T, S, content)
-    make = functools.partial(
-        lower, layout, T=T, S=S, phases=phases, batch=B, heads=H, q_pos=q_pos, k_pos=k_pos
-    )
+    make = functools.partial(lower, layout, T=T, S=S, phases=phases, batch=B, heads=H, q_pos=q_pos, k_pos=k_pos)
     return _cache.get(key, make), 0, plain and start == 0

@@ -77,7 +77,7 @@ def lower(
         terms = lower(part, q, k, v, q_pos, k_pos)
         for name, default in _DEFAULTS:
             value = getattr(terms, name)
-            if value is default or name == "phase_map" and value == default:
+            if value is default or (name == "phase_map" and value == default):
                 continue
             if name in joined:
                 raise ValueError(f"position: two positions both give the term {name!r}")
@@ -258,8 +258,9 @@ def _rope_frequencies(parameters: Mapping[str, Any], D: int, length: int, device
         expected = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
         raise ValueError(f"Rotary: rope_type must be one of {expected}, got {kind!r}")
     known = parameters.get("max_position_embeddings", parameters.get("original_max_position_embeddings", length))
-    config = PreTrainedConfig(
-        head_dim=D, hidden_size=D, num_attention_heads=1, max_position_embeddings=known, rope_parameters=dict(parameters)
-    )
+    config = PreTrainedConfig()
+    needed = {"head_dim": D, "hidden_size": D, "num_attention_heads": 1, "max_position_embeddings": known}
+    for name, value in {**needed, "rope_parameters": dict(parameters)}.items():
+        setattr(config, name, value)
     frequency, factor = ROPE_INIT_FUNCTIONS[kind](config, device, seq_len=length)
     return frequency.to(device), factor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -188,15 +189,17 @@ def _differentiate(problem: Problem, total: Callable[[Problem], Tensor]) -> Grad
     def leaf(t: Tensor) -> Tensor:
         return t.detach().requires_grad_()
 
-    lists = {name: tuple(map(leaf, getattr(problem, name))) for name in ("q", "k", "v")}
-    terms = {n: leaf(t) for n in TERMS if (t := getattr(problem, n)) is not None}
+    lists: dict[str, Any] = {name: tuple(map(leaf, getattr(problem, name))) for name in ("q", "k", "v")}
+    terms: dict[str, Any] = {n: leaf(t) for n in TERMS if (t := getattr(problem, n)) is not None}
     with torch.enable_grad():
         value = total(dataclasses.replace(problem, **lists, **terms))
     leaves = [t for name in ("q", "k", "v") for t in lists[name]] + list(terms.values())
     found = torch.autograd.grad(value, leaves, allow_unused=True)
     filled = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
-    result, at = {}, 0
+    result: dict[str, Any] = {}
+    at = 0
     for name in ("q", "k", "v"):
         result[name] = tuple(filled[at : at + len(lists[name])])
         at += len(lists[name])
-    return Gradients(**result, **dict(zip(terms, filled[at:], strict=True)))
+    result |= zip(terms, filled[at:], strict=True)
+    return Gradients(**result)

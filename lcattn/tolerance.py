@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,8 +70,8 @@ def check(name: str, got: Tensor, truth: Tensor, eager: Tensor) -> None:
 
 def to_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
     """The problem with every floating tensor converted."""
-    lists = {n: tuple(t.detach().to(dtype) for t in getattr(problem, n)) for n in ("q", "k", "v")}
-    terms = {n: t.detach().to(dtype) for n in TERMS if (t := getattr(problem, n)) is not None}
+    lists: dict[str, Any] = {n: tuple(t.detach().to(dtype) for t in getattr(problem, n)) for n in ("q", "k", "v")}
+    terms: dict[str, Any] = {n: t.detach().to(dtype) for n in TERMS if (t := getattr(problem, n)) is not None}
     return dataclasses.replace(problem, **lists, **terms)
 
 
@@ -98,19 +99,21 @@ def run(problem: Problem, backend: str, dout: Tensor | None = None, dlse: Tensor
         # a view of a leaf keeps the strides of the original, which detach() and requires_grad_() share
         return t.detach().requires_grad_(dout is not None)
 
-    lists = {name: tuple(leaf(t) for t in getattr(problem, name)) for name in ("q", "k", "v")}
-    terms = {n: leaf(t) for n in TERMS if (t := getattr(problem, n)) is not None}
+    lists: dict[str, Any] = {name: tuple(leaf(t) for t in getattr(problem, name)) for name in ("q", "k", "v")}
+    terms: dict[str, Any] = {n: leaf(t) for n in TERMS if (t := getattr(problem, n)) is not None}
     out, lse = ops.attention(dataclasses.replace(problem, **lists, **terms), dispatch.check_name(backend))
     if dout is None:
         return Results(out, lse, None)
     leaves = [t for name in ("q", "k", "v") for t in lists[name]] + list(terms.values())
     into = [(out, dout)] if dlse is None else [(out, dout), (lse, dlse)]
     found = torch.autograd.grad([t for t, _ in into], leaves, [g for _, g in into])
-    parts, at = {}, 0
+    parts: dict[str, Any] = {}
+    at = 0
     for name in ("q", "k", "v"):
         parts[name] = tuple(found[at : at + len(lists[name])])
         at += len(lists[name])
-    return Results(out, lse, Gradients(**parts, **dict(zip(terms, found[at:], strict=True))))
+    parts |= zip(terms, found[at:], strict=True)
+    return Results(out, lse, Gradients(**parts))
 
 
 def verify(problem: Problem, backend: str, dout: Tensor | None = None, dlse: Tensor | None = None) -> list[Comparison]:

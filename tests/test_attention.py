@@ -104,9 +104,7 @@ def test_decoding_token_by_token_equals_prefill(backend, layout, position, seed)
         )
         torch.testing.assert_close(grown[:, :, 0], prefill[:, :, t], rtol=1e-4, atol=1e-4)
         # a cache of fixed size, whose tail holds anything but infinities
-        fixed = lcattn.attention(
-            step, k, v, layout=pattern, position=how, q_pos=torch.tensor([t]), backend=backend
-        )
+        fixed = lcattn.attention(step, k, v, layout=pattern, position=how, q_pos=torch.tensor([t]), backend=backend)
         torch.testing.assert_close(fixed[:, :, 0], prefill[:, :, t], rtol=1e-4, atol=1e-4)
 
 
@@ -210,7 +208,11 @@ def call(**given):
         ({"layout": "causal"}, TypeError, ["layout", "str"]),
         ({"layout": lcattn.Documents(torch.zeros(1, 9, dtype=torch.long))}, ValueError, ["ids", "12", "(1, 9)"]),
         ({"layout": lcattn.PerHead([lcattn.Full()] * 3)}, ValueError, ["PerHead", "4", "3"]),
-        ({"layout": lcattn.Blocks(torch.ones(1, 1, 2, 2, dtype=torch.bool))}, ValueError, ["mask", "[2 or 1, 4 or 1, 1, 1]"]),
+        (
+            {"layout": lcattn.Blocks(torch.ones(1, 1, 2, 2, dtype=torch.bool))},
+            ValueError,
+            ["mask", "[2 or 1, 4 or 1, 1, 1]"],
+        ),
         ({"position": 3}, TypeError, ["position", "int"]),
         ({"position": lcattn.RelativeBias(torch.zeros(3, 5), 0)}, ValueError, ["table", "4 heads", "3"]),
         ({"position": lcattn.RelativeBias(torch.zeros(4, 5, device="meta"), 0)}, ValueError, ["bias", "meta", "cpu"]),
@@ -249,5 +251,3 @@ def test_gradients_reach_only_what_asks_for_them(seed):
     lcattn.attention(q, k, v, position=lcattn.RelativeBias(table, -15)).sum().backward()
     assert table.grad is not None and q.grad is None
     assert bool(table.grad.isfinite().all())
-
-

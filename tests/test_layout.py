@@ -28,7 +28,9 @@ def leaves(draw, T, S, heads, batch):
         side = st.one_of(st.none(), small)
         return lcattn.Window(draw(side), draw(side))
     if kind == 3:
-        return lcattn.Chunked(draw(st.integers(1, 90)), draw(st.integers(0, 2)), draw(st.integers(0, 2)), draw(st.integers(-9, 70)))
+        return lcattn.Chunked(
+            draw(st.integers(1, 90)), draw(st.integers(0, 2)), draw(st.integers(0, 2)), draw(st.integers(-9, 70))
+        )
     if kind == 4:
         return lcattn.Global(draw(st.integers(1, 90)))
     if kind == 5:
@@ -213,7 +215,10 @@ def test_content_keyed_cache_tells_documents_apart():
     first = torch.zeros(1, 100, dtype=torch.long)
     second = first.clone()
     second[0, 50:] = 1
-    tables = [lowering.cached_table(lcattn.Documents(ids), (), 1, 1, 100, 100, None, None)[0] for ids in (first, second, first)]
+    tables = [
+        lowering.cached_table(lcattn.Documents(ids), (), 1, 1, 100, 100, None, None)[0]
+        for ids in (first, second, first)
+    ]
     assert tables[0] is tables[2]
     assert not torch.equal(tables[0].to_dense(100, 100), tables[1].to_dense(100, 100))
 

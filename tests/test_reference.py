@@ -25,7 +25,9 @@ def test_gradcheck(position, variant, seed):
     def f(*tensors):
         import dataclasses
 
-        out, lse = reference.attention(dataclasses.replace(problem, **torch.utils._pytree.tree_unflatten(tensors, spec)))
+        out, lse = reference.attention(
+            dataclasses.replace(problem, **torch.utils._pytree.tree_unflatten(tensors, spec))
+        )
         return out, torch.where(lse.isfinite(), lse, 0)
 
     assert torch.autograd.gradcheck(f, [t.detach().requires_grad_() for t in flat])
@@ -108,7 +110,11 @@ def test_rotary_is_transformers(parameters, seed):
     draw = Draw(seed)
     q, k, v = tensors(draw, Shape(2, 2, 2, 40, 40, 32), torch.float32)
     config = LlamaConfig(
-        hidden_size=64, num_attention_heads=2, head_dim=32, max_position_embeddings=256, rope_parameters=dict(parameters)
+        hidden_size=64,
+        num_attention_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        rope_parameters=dict(parameters),
     )
     position = torch.arange(40)[None].expand(2, -1)
     cos, sin = LlamaRotaryEmbedding(config)(q, position)

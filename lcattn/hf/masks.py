@@ -28,10 +28,9 @@ from ..layout import (
     Global,
     Layout,
     Window,
-    _layout,
-    _reads_batch_and_head,
-    _set,
 )
+from ..layout.base import register, set_fields
+from ..layout.data import reads_batch_and_head
 from ..lowering import Region, lower
 from ..position import Position
 
@@ -335,7 +334,8 @@ _numbers = itertools.count()
 _N_FUNCTIONS = 1024
 
 
-@_layout
+@register
+@dataclass(frozen=True, repr=False, eq=False)
 class MaskFunction(Layout):
     """A transformers mask function that nothing is known of, by indices of the whole sequence."""
 
@@ -347,14 +347,14 @@ class MaskFunction(Layout):
         if self.number not in _functions:
             raise ValueError(f"MaskFunction: function {self.number} is no longer held")
         spec = f"MaskFunction({self.number}, {self.q_offset}, {self.kv_offset})"
-        _set(self, spec=spec, by_index=True, per_batch=_functions[self.number][1])
+        set_fields(self, spec=spec, by_index=True, per_batch=_functions[self.number][1])
 
     @classmethod
     def of(cls, function: Callable[..., Any], q_offset: int, kv_offset: int) -> MaskFunction:
         number = next((n for n, (held, _) in _functions.items() if held is function), None)
         if number is None:
             number = next(_numbers)
-            _functions[number] = (function, _reads_batch_and_head(function)[0])
+            _functions[number] = (function, reads_batch_and_head(function)[0])
             while len(_functions) > _N_FUNCTIONS:
                 _functions.popitem(last=False)
         return cls(number, q_offset, kv_offset)

@@ -1,7 +1,7 @@
 """What every layout is: the base class, the joins, and the registry of constructors.
 
-A layout is defined by `visible(q_pos, k_pos, ctx)`, a broadcasting predicate on integer coordinates. `bounds` answers the
-same question for whole rectangles of coordinates, so that `lowering.py` can class blocks without looking at their
+A layout is defined by `visible(q_pos, k_pos, ctx)`, a broadcasting predicate on integer coordinates. `bounds` answers
+the same question for whole rectangles of coordinates, so that `lowering.py` can class blocks without looking at their
 elements, and `tile_key` names rectangles that must have equal bit patterns.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -63,9 +63,7 @@ class Layout:
     def tile_key(self, region: Region) -> list[Tensor]:
         """Integers that agree only where the rectangles' bit patterns agree (coordinates stepping by one)."""
         some, every = self.bounds(region)
-        return [
-            torch.where(every, ALL_KEY, torch.where(some, key, NONE_KEY)) for key in self._mixed_key(region)
-        ]
+        return [torch.where(every, ALL_KEY, torch.where(some, key, NONE_KEY)) for key in self._mixed_key(region)]
 
     def _mixed_key(self, region: Region) -> list[Tensor]:
         """`tile_key` of rectangles that are neither empty nor full; by default no two agree."""
@@ -105,12 +103,12 @@ class Layout:
         return self.spec
 
 
+AnyLayout = TypeVar("AnyLayout", bound="Layout")
 KINDS: dict[str, Callable[..., Layout]] = {}
 
 
-def register(cls: Any) -> Any:
-    """Frozen dataclass whose spec is its constructor call, registered for `from_spec`."""
-    cls = dataclass(frozen=True, repr=False, eq=False)(cls)
+def register(cls: type[AnyLayout]) -> type[AnyLayout]:
+    """Makes a layout known to `from_spec` under its class name."""
     KINDS[cls.__name__] = cls
     return cls
 
@@ -145,9 +143,7 @@ class Joined(Layout):
     def _finish(self, spec: str) -> None:
         tensors = tuple(t for part in self.parts for t in part.tensors)
         set_fields(self, spec=spec, tensors=tensors, by_index=any(p.by_index for p in self.parts))
-        set_fields(
-            self, per_batch=any(p.per_batch for p in self.parts), per_head=any(p.per_head for p in self.parts)
-        )
+        set_fields(self, per_batch=any(p.per_batch for p in self.parts), per_head=any(p.per_head for p in self.parts))
 
     def check(self, B: int, H: int, T: int, S: int) -> None:
         for part in self.parts:
@@ -199,15 +195,14 @@ class Or(Joined):
 
 
 @register
+@dataclass(frozen=True, repr=False, eq=False)
 class Not(Layout):
     """Visible where the other layout is not: what is left for a second phase."""
 
     part: Layout
 
     def __post_init__(self) -> None:
-        set_fields(
-            self, spec=f"Not({self.part.spec})", tensors=self.part.tensors, by_index=self.part.by_index
-        )
+        set_fields(self, spec=f"Not({self.part.spec})", tensors=self.part.tensors, by_index=self.part.by_index)
         set_fields(self, per_batch=self.part.per_batch, per_head=self.part.per_head)
 
     def check(self, B: int, H: int, T: int, S: int) -> None:

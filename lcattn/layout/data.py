@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 
 @register
+@dataclass(frozen=True, repr=False, eq=False)
 class Documents(Layout):
     """Tokens see only tokens of their own document.
 
@@ -46,9 +48,7 @@ class Documents(Layout):
                     spec="Documents(cu_seqlens=@)" if len(given) < 2 else "Documents(cu_seqlens=@, q_ids=@)",
                 )
                 return
-            ids = torch.repeat_interleave(torch.arange(len(edges) - 1, device=edges.device), edges.diff())[
-                None
-            ]
+            ids = torch.repeat_interleave(torch.arange(len(edges) - 1, device=edges.device), edges.diff())[None]
         else:
             ids = torch.as_tensor(self.ids)
             ids = ids[None] if ids.dim() == 1 else ids
@@ -74,11 +74,7 @@ class Documents(Layout):
         return self.q_ids if self.q_ids is not None else self.ids[:, self.ids.shape[1] - ctx_T :]
 
     def _look_up(self, table: Tensor, b: Tensor | int, idx: Tensor) -> Tensor:
-        row = (
-            torch.as_tensor(b, device=table.device)
-            if table.shape[0] > 1
-            else torch.zeros((), dtype=torch.long)
-        )
+        row = torch.as_tensor(b, device=table.device) if table.shape[0] > 1 else torch.zeros((), dtype=torch.long)
         return table[row.to(table.device), idx.to(table.device).clamp(0, table.shape[1] - 1)]
 
     def visible(self, q_pos: Tensor, k_pos: Tensor, ctx: Context) -> Tensor:
@@ -89,9 +85,7 @@ class Documents(Layout):
 
     def bounds(self, region: Region) -> Bounds:
         assert self.ids is not None
-        q_lo, q_hi = region.query_extent(
-            ("Documents.q", id(self)), lambda b: self._row(self._query_ids(region.T), b)
-        )
+        q_lo, q_hi = region.query_extent(("Documents.q", id(self)), lambda b: self._row(self._query_ids(region.T), b))
         k_lo, k_hi = region.key_extent(("Documents.k", id(self)), lambda b: self._row(self.ids, b))
         some = (q_lo <= k_hi) & (k_lo <= q_hi) & (q_hi >= 0) & (k_hi >= 0)
         return some, (q_lo == q_hi) & (k_lo == k_hi) & (q_lo == k_lo) & (q_lo >= 0)
@@ -103,6 +97,7 @@ class Documents(Layout):
 
 
 @register
+@dataclass(frozen=True, repr=False, eq=False)
 class Blocks(Layout):
     """An explicit block mask, by plain indices from 0: query i sees key j iff mask[b, h, i // block, j // block].
 
@@ -116,11 +111,7 @@ class Blocks(Layout):
     def __post_init__(self) -> None:
         check_int("Blocks", "block", self.block, 1)
         if not isinstance(self.mask, Tensor) or self.mask.dim() != 4 or self.mask.dtype != torch.bool:
-            what = (
-                f"{tuple(self.mask.shape)} {self.mask.dtype}"
-                if isinstance(self.mask, Tensor)
-                else repr(self.mask)
-            )
+            what = f"{tuple(self.mask.shape)} {self.mask.dtype}" if isinstance(self.mask, Tensor) else repr(self.mask)
             raise ValueError(f"Blocks: mask must be a [B, H, T / block, S / block] bool tensor, got {what}")
         set_fields(self, spec=f"Blocks(@, {self.block})", tensors=(self.mask,), by_index=True)
         set_fields(self, per_batch=self.mask.shape[0] > 1, per_head=self.mask.shape[1] > 1)
@@ -160,6 +151,7 @@ CALLABLES: list[Callable[..., Any]] = []
 
 
 @register
+@dataclass(frozen=True, repr=False, eq=False)
 class FromMaskMod(Layout):
     """FlexAttention's `mask_mod(b, h, q_idx, kv_idx) -> bool`, with its own indices, both from 0.
 
@@ -171,14 +163,12 @@ class FromMaskMod(Layout):
 
     def __post_init__(self) -> None:
         if not callable(self.mask_mod):
-            raise ValueError(
-                f"FromMaskMod: mask_mod must be callable as f(b, h, q_idx, kv_idx), got {self.mask_mod!r}"
-            )
+            raise ValueError(f"FromMaskMod: mask_mod must be callable as f(b, h, q_idx, kv_idx), got {self.mask_mod!r}")
         known = next((i for i, f in enumerate(CALLABLES) if f is self.mask_mod), None)
         if known is None:
             known = len(CALLABLES)
             CALLABLES.append(self.mask_mod)
-        per_batch, per_head = _reads_batch_and_head(self.mask_mod)
+        per_batch, per_head = reads_batch_and_head(self.mask_mod)
         set_fields(self, spec=f"FromMaskMod({known})", by_index=True, per_batch=per_batch, per_head=per_head)
 
     def visible(self, q_pos: Tensor, k_pos: Tensor, ctx: Context) -> Tensor:
@@ -196,7 +186,7 @@ class FromMaskMod(Layout):
         return some, ~some
 
 
-def _reads_batch_and_head(mask_mod: Callable[..., Any]) -> tuple[bool, bool]:
+def reads_batch_and_head(mask_mod: Callable[..., Any]) -> tuple[bool, bool]:
     """Whether a mask_mod uses b and h, from its traced graph; both when it cannot be traced."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -227,6 +217,6 @@ def FromBlockMask(block_mask: Any) -> Layout:
 
     partial = Blocks(grid(block_mask.kv_num_blocks, block_mask.kv_indices), block_q)
     layout: Layout = partial & FromMaskMod(block_mask.mask_mod)
-    if block_mask.full_kv_num_blocks is not None:
+    if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
         layout = layout | Blocks(grid(block_mask.full_kv_num_blocks, block_mask.full_kv_indices), block_q)
     return layout

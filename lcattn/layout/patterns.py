@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 
 @register
+@dataclass(frozen=True, repr=False, eq=False)
 class Full(Layout):
     """Everything sees everything."""
 
@@ -22,9 +24,7 @@ class Full(Layout):
         set_fields(self, spec="Full()")
 
     def visible(self, q_pos: Tensor, k_pos: Tensor, ctx: Context) -> Tensor:
-        return torch.ones(
-            torch.broadcast_shapes(q_pos.shape, k_pos.shape), dtype=torch.bool, device=q_pos.device
-        )
+        return torch.ones(torch.broadcast_shapes(q_pos.shape, k_pos.shape), dtype=torch.bool, device=q_pos.device)
 
     def bounds(self, region: Region) -> Bounds:
         every = torch.ones_like(region.q_lo, dtype=torch.bool)
@@ -35,6 +35,7 @@ class Full(Layout):
 
 
 @register
+@dataclass(frozen=True, repr=False, eq=False)
 class Window(Layout):
     """A query sees keys with -left <= k_pos - q_pos <= right; None leaves a side open."""
 
@@ -68,6 +69,7 @@ class Window(Layout):
 
 
 @register
+@dataclass(frozen=True, repr=False, eq=False)
 class Causal(Layout):
     """A query sees keys at or before its own coordinate."""
 
@@ -85,6 +87,7 @@ class Causal(Layout):
 
 
 @register
+@dataclass(frozen=True, repr=False, eq=False)
 class Chunked(Layout):
     """Whole chunks across the boundary: a query in chunk c sees chunks c - lookback to c + lookahead.
 
@@ -126,6 +129,7 @@ class Chunked(Layout):
 
 
 @register
+@dataclass(frozen=True, repr=False, eq=False)
 class Global(Layout):
     """Global tokens see all, and all see them.
 
@@ -182,6 +186,7 @@ class Global(Layout):
 
 
 @register
+@dataclass(frozen=True, repr=False, eq=False)
 class Dilated(Layout):
     """A query sees keys at offsets -left * step, ..., -step, 0, step, ..., right * step (Longformer's dilation)."""
 
@@ -210,6 +215,7 @@ class Dilated(Layout):
 
 
 @register
+@dataclass(frozen=True, repr=False, eq=False)
 class Random(Layout):
     """Random blocks on a grid of `block` coordinates, the same for every length, batch row and head.
 
@@ -231,11 +237,7 @@ class Random(Layout):
     def _picks(self, row: Tensor) -> Tensor:
         """Columns picked by each grid row, [..., blocks_per_row], by a 64-bit mixing hash (splitmix64's finaliser)."""
         pick = torch.arange(self.blocks_per_row, device=row.device)
-        x = (
-            row[..., None] * 0x9E3779B97F4A7C1
-            + pick * 0x2545F4914F6CDD1D
-            + self.seed * 0x632BE59BD9B4E019 % 2**62
-        )
+        x = row[..., None] * 0x9E3779B97F4A7C1 + pick * 0x2545F4914F6CDD1D + self.seed * 0x632BE59BD9B4E019 % 2**62
         for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
             x = (x ^ (x >> shift)) * factor
         x = (x ^ (x >> 31)) & 0x7FFFFFFF
@@ -277,6 +279,7 @@ class Random(Layout):
 
 
 @register
+@dataclass(frozen=True, repr=False, eq=False)
 class PerHead(Joined):
     """Head h follows parts[h]."""
 
@@ -288,9 +291,7 @@ class PerHead(Joined):
             raise ValueError(f"PerHead: expected a non-empty sequence of layouts, got {self.parts!r}")
         set_fields(self, parts=parts)
         self._finish("PerHead((" + ", ".join(p.spec for p in parts) + ",))")
-        set_fields(
-            self, per_head=len(set(p.spec for p in parts)) > 1 or any(p.per_head or p.tensors for p in parts)
-        )
+        set_fields(self, per_head=len(set(p.spec for p in parts)) > 1 or any(p.per_head or p.tensors for p in parts))
 
     def check(self, B: int, H: int, T: int, S: int) -> None:
         if len(self.parts) != H:
