@@ -170,7 +170,7 @@ def plots(results: Results, folder: Path) -> list[Path]:
             plot.save_lines(
                 lines,
                 "tokens",
-                "time, in 2048-cubed sgemms",
+                "time, in matrix products of 2048³",
                 "forward+backward by length",
                 folder / "bench-lengths.png",
                 log=True,
