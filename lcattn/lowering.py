@@ -29,8 +29,8 @@ _TILES_AT_ONCE = 1024
 class BlockTable:
     """A lowered layout. Bt in {1, B}, Ht in {1, H}; P phases; block sizes block_q x block_k.
 
-    Row r of (b, h) has, for phase f, the full runs entries[seg_ptr[2f] : seg_ptr[2f + 1]] as (first block, count) and the
-    tiled entries [seg_ptr[2f + 1] : seg_ptr[2f + 2]] as (block, tile). Bits outside T x S are unspecified: kernels
+    Row r of (b, h) has, for phase f, the full runs entries[seg_ptr[2f] : seg_ptr[2f + 1]] as (first block, count) and
+    the tiled entries [seg_ptr[2f + 1] : seg_ptr[2f + 2]] as (block, tile). Bits outside T x S are unspecified: kernels
     cut at the lengths themselves.
 
     Attributes:

@@ -15,7 +15,7 @@ from .problem import TERMS, Gradients, Problem
 
 
 def philox_words(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10 (Salmon et al. 2011, Random123): four 32-bit words, in int64, for broadcastable 32-bit counters."""
+    """Philox 4x32-10 (Salmon et al. 2011): four 32-bit words, in int64, for broadcastable 32-bit counters."""
     low = 0xFFFFFFFF
     c0, c1, c2, c3 = (c.long() & low for c in counter)
     key0, key1 = seed & low, (seed >> 32) & low

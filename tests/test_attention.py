@@ -165,9 +165,9 @@ def test_every_instruction_set_within_the_budget(isa):
 
 def test_backend_none_accepts_lists_every_reason(seed):
     q, k, v = tensors(Draw(seed), Shape(1, 1, 1, 4, 4, 8), torch.float64)
-    with pytest.raises(RuntimeError, match="cpu: dtype is torch.float64.*reference"):
+    with pytest.raises(RuntimeError, match=r"cpu: dtype is torch\.float64.*reference"):
         lcattn.attention(q, k, v)
-    with pytest.raises(RuntimeError, match="cpu: dtype is torch.float64"):
+    with pytest.raises(RuntimeError, match=r"cpu: dtype is torch\.float64"):
         lcattn.attention(q, k, v, backend="cpu")
     with pytest.raises(RuntimeError, match="head dim is 300, at most 256"):
         lcattn.attention(*[torch.zeros(1, 1, 1, 300)] * 3)
