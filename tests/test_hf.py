@@ -377,7 +377,7 @@ def _prefix_tuned(name: str) -> Any:
         model, peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=_PREFIX)
     ).eval()
     with torch.no_grad():
-        tuned.prompt_encoder["default"].embedding.weight.normal_(0, 2)
+        tuned.prompt_encoder["default"].embedding.weight.normal_(0, 0.5)
     return tuned
 
 
