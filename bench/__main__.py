@@ -64,9 +64,7 @@ def _show(path: Path, run: str | None, plots: Path | None) -> None:
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="3 rounds, the main workload, the closest peers.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="3 rounds, the main workload, the closest peers.")] = False,
     workload: Annotated[
         list[str], typer.Option(help=f"Repeatable. {', '.join([*WORKLOADS, *OTHER])}; all by default.")
     ] = [],  # noqa: B006
@@ -95,12 +93,8 @@ def main(
     if not silent:
         typer.echo(f"seed {seed}, run {row.run}")
     timed = [w for w in WORKLOADS.values() if w.name in chosen]
-    with tqdm(
-        desc="checking answers", leave=False, disable=None, bar_format="{desc}: {postfix} {elapsed}"
-    ) as bar:
-        entries, skipped = measure.prepare(
-            timed, provider or None, report.MEASURES, seed, bar.set_postfix_str
-        )
+    with tqdm(desc="checking answers", leave=False, disable=None, bar_format="{desc}: {postfix} {elapsed}") as bar:
+        entries, skipped = measure.prepare(timed, provider or None, report.MEASURES, seed, bar.set_postfix_str)
     for item in skipped if not silent else ():
         kind = "WRONG" if item.wrong else "note"
         typer.echo(f"{kind}: {item.workload}, {item.provider}, {item.measure}: {item.reason}")
@@ -159,9 +153,7 @@ def list_() -> None:
         typer.echo(f"{name:8} {about}")
     for name, found in PROVIDERS.items():
         reason = found.supports(WORKLOADS["main"], "forward")
-        typer.echo(
-            f"\n{name}\n    {found.label}: {found.note}" + (f"\n    not here: {reason}" if reason else "")
-        )
+        typer.echo(f"\n{name}\n    {found.label}: {found.note}" + (f"\n    not here: {reason}" if reason else ""))
 
 
 @app.command()
@@ -173,9 +165,7 @@ def compare(
     """Time lcattn as it is here against another commit, in turns."""
     _check_names("--workload", workload, WORKLOADS)
     try:
-        with tqdm(
-            desc="comparing", leave=False, disable=None, bar_format="{desc}: {postfix} {elapsed}"
-        ) as bar:
+        with tqdm(desc="comparing", leave=False, disable=None, bar_format="{desc}: {postfix} {elapsed}") as bar:
             rows = comparing.compare(revision, workload, rounds, bar.set_postfix_str)
     except (ValueError, RuntimeError) as error:
         raise _fail(error) from None

@@ -49,9 +49,7 @@ class _Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(
-                f"a measuring process ended with status {self.process.wait()}; its errors stand above"
-            )
+            raise RuntimeError(f"a measuring process ended with status {self.process.wait()}; its errors stand above")
         return line
 
     def round(self, name: str, measure: str) -> dict[str, float]:
@@ -88,9 +86,7 @@ def _worktree(root: Path, revision: str, progress: Progress) -> Iterator[Path]:
                 text=True,
             )
             if built.returncode:
-                raise RuntimeError(
-                    f"{revision} does not build:\n{(built.stdout + built.stderr).strip()[-2000:]}"
-                )
+                raise RuntimeError(f"{revision} does not build:\n{(built.stdout + built.stderr).strip()[-2000:]}")
             shutil.copytree(Path(__file__).parent, tree / "bench", dirs_exist_ok=True)
             # what the benchmarks draw and count with came later than some revisions
             for name in ("plot.py", "tolerance.py"):

@@ -283,14 +283,10 @@ _EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0
 AVX2 = {"LCATTN_CPU_ISA": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
-def child(
-    arguments: Sequence[str], environment: dict[str, str] | None = None, cwd: Path | None = None
-) -> str:
+def child(arguments: Sequence[str], environment: dict[str, str] | None = None, cwd: Path | None = None) -> str:
     """Runs this program in a process of its own and returns what it prints; RuntimeError with its errors."""
     command = [sys.executable, "-m", str(__package__), *arguments]
-    done = subprocess.run(
-        command, env={**os.environ, **(environment or {})}, cwd=cwd, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env={**os.environ, **(environment or {})}, cwd=cwd, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} failed:\n{done.stderr.strip()[-2000:]}")
     return done.stdout

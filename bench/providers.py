@@ -99,9 +99,7 @@ def _tokens_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2).contiguous()
 
 
-def _leaves(
-    inputs: Inputs, grad: bool, names: tuple[str, ...] = ("q", "k", "v", "table")
-) -> dict[str, Tensor]:
+def _leaves(inputs: Inputs, grad: bool, names: tuple[str, ...] = ("q", "k", "v", "table")) -> dict[str, Tensor]:
     return {n: getattr(inputs, n).detach().clone().requires_grad_(grad) for n in names}
 
 
@@ -118,9 +116,7 @@ def _lcattn(w: Workload, inputs: Inputs, grad: bool) -> Prepared:
 def _bias_tile(w: Workload, table: Tensor) -> Tensor:
     """[H, chunk, 2 chunk]: bias of a chunk's queries to the chunk before and their own; -inf ahead."""
     offset = torch.arange(-w.chunk, w.chunk) - torch.arange(w.chunk)[:, None]
-    return table[:, (offset - w.min_offset).clamp(max=table.shape[1] - 1)].masked_fill(
-        offset > 0, float("-inf")
-    )
+    return table[:, (offset - w.min_offset).clamp(max=table.shape[1] - 1)].masked_fill(offset > 0, float("-inf"))
 
 
 def _folded(w: Workload, inputs: Inputs, grad: bool, learn_bias: bool) -> Prepared:
@@ -267,9 +263,7 @@ def _bigbird(w: Workload, inputs: Inputs, grad: bool) -> Prepared:
 
     drawn = []
     plan = layer._bigbird_block_rand_mask_with_head
-    layer._bigbird_block_rand_mask_with_head = lambda **arguments: (
-        drawn.append(plan(**arguments)) or drawn[-1]
-    )
+    layer._bigbird_block_rand_mask_with_head = lambda **arguments: drawn.append(plan(**arguments)) or drawn[-1]
     with torch.no_grad():
         forward()
     layer._bigbird_block_rand_mask_with_head = plan

@@ -135,10 +135,7 @@ def read(path: Path, run: str | None = None) -> list[Row]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; measure first")
     with path.open(newline="") as file:
-        rows = [
-            Row(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(Row)})
-            for line in csv.DictReader(file)
-        ]
+        rows = [Row(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]
     run = run or (rows[-1].run if rows else "")
     found = [row for row in rows if row.run == run]
     if not found:
@@ -156,9 +153,7 @@ class Results:
         """Rows of one measurement; without `isa`, those of the run's first."""
         isa = isa or self.rows[0].isa
         found = [
-            r
-            for r in self.rows
-            if (r.workload, r.provider, r.measure, r.isa) == (workload, provider, measure, isa)
+            r for r in self.rows if (r.workload, r.provider, r.measure, r.isa) == (workload, provider, measure, isa)
         ]
         return sorted(found, key=lambda row: row.round)
 

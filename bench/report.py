@@ -23,9 +23,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [list(map(str, header)), *[list(map(str, row)) for row in rows]]
     widths = [max(len(row[c]) for row in cells) for c in range(len(header))]
     lines = [
-        "  ".join(
-            x.ljust(w) if c == 0 else x.rjust(w) for c, (x, w) in enumerate(zip(row, widths, strict=True))
-        )
+        "  ".join(x.ljust(w) if c == 0 else x.rjust(w) for c, (x, w) in enumerate(zip(row, widths, strict=True)))
         for row in cells
     ]
     lines.insert(1, "  ".join("-" * w for w in widths))
@@ -97,9 +95,7 @@ def targets(results: Results) -> list[Target]:
             peers = ("sdpa-folded-fixed",) if measure == FORWARD else ("sdpa-folded", "sdpa-folded-fixed")
             for peer in peers:
                 ratio = results.ratio((workload, peer, measure), ours)
-                found.append(
-                    Target(f"{what}, {measure}, speed over {PROVIDERS[peer].label}", factor, ratio, "x")
-                )
+                found.append(Target(f"{what}, {measure}, speed over {PROVIDERS[peer].label}", factor, ratio, "x"))
         ratio = results.ratio((workload, "flex-bias", FORWARD), (workload, "lcattn", FORWARD))
         found.append(Target(f"{what}, forward, speed over flex_attention with the bias", 5.0, ratio, "x"))
     for measure in MEASURES:
@@ -112,9 +108,7 @@ def targets(results: Results) -> list[Target]:
         found.append(Target(f"65,536 tokens, {measure}, time over 8,192", 8.8, ratio, "x", at_most=True))
     extra, io = (results.value("main", "lcattn", f"{kind} memory") for kind in ("extra", "io"))
     ratio = extra / io if extra is not None and io else None
-    found.append(
-        Target("memory beyond inputs, output and gradients, over theirs", 0.25, ratio, "x", at_most=True)
-    )
+    found.append(Target("memory beyond inputs, output and gradients, over theirs", 0.25, ratio, "x", at_most=True))
     for name, asked, unit in (("first", 500.0, " ms"), ("peak", 200.0, " MiB")):
         value = results.value("lower", "lcattn", f"lower, {name}")
         found.append(Target(f"lowering 1,048,576 tokens, {name}", asked, value, unit, at_most=True))
@@ -150,9 +144,7 @@ def plots(results: Results, folder: Path) -> list[Path]:
             for measure in MEASURES:
                 values = [100 * row.share for row in results.of(name, provider, measure)]
                 if values:
-                    bars.append(
-                        plot.Bar(found.label, measure, statistics.median(values), min(values), max(values))
-                    )
+                    bars.append(plot.Bar(found.label, measure, statistics.median(values), min(values), max(values)))
         if len(bars) > 2:
             w = WORKLOADS[name]
             dtype = str(w.dtype).removeprefix("torch.")

@@ -90,9 +90,7 @@ WORKLOADS = {
 }
 
 # decoding: one query against this many cached keys
-DECODE = Workload(
-    "decode", "one token against 65,536 cached keys", N=65536, providers=("lcattn", "sdpa-folded")
-)
+DECODE = Workload("decode", "one token against 65,536 cached keys", N=65536, providers=("lcattn", "sdpa-folded"))
 LOWER_LAYOUT = "(Chunked(512) | Global(16)) & Causal()"
 LOWER_TOKENS = 1 << 20
 

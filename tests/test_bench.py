@@ -67,9 +67,7 @@ def test_wrong_answers_are_caught(defect: object, seed: int) -> None:
 
 def test_reasons_are_told(seed: int) -> None:
     assert "no backward on CPU" in str(PROVIDERS["flex-bias"].supports(TINY, "forward+backward"))
-    assert "no multiple of 64" in str(
-        PROVIDERS["sdpa-folded"].supports(dataclasses.replace(TINY, N=100), "forward")
-    )
+    assert "no multiple of 64" in str(PROVIDERS["sdpa-folded"].supports(dataclasses.replace(TINY, N=100), "forward"))
     assert "create_block_mask" in str(PROVIDERS["flex"].supports(WORKLOADS["long"], "forward"))
     w = dataclasses.replace(TINY, providers=("flex-bias",), passes=("forward+backward",))
     entries, skipped = measure.prepare([w], None, report.MEASURES, seed, lambda _: None)
@@ -89,9 +87,7 @@ def test_useful_work_counts_visible_scores() -> None:
     assert visible_pairs(heads, 2, 100) == 100 * 100 + 5050
 
 
-def test_rounds_are_paired_and_interleaved(
-    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rounds_are_paired_and_interleaved(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "SGEMM_SIZE", 64)
     w = dataclasses.replace(TINY, providers=("sdpa-folded", "sdpa-causal"))
     entries, skipped = measure.prepare([w], None, report.MEASURES, seed, lambda _: None)
@@ -107,9 +103,7 @@ def test_rounds_are_paired_and_interleaved(
 
 def _rows() -> list[Row]:
     """Two rounds of invented figures: lcattn at 80 and 75% of sgemm, folded SDPA at a fifth of that."""
-    base = dataclasses.replace(
-        records.blank("made"), beside_ms=10.0, beside="sgemm", work=1.0, beside_work=1.0
-    )
+    base = dataclasses.replace(records.blank("made"), beside_ms=10.0, beside="sgemm", work=1.0, beside_work=1.0)
     rows = []
     for number, share in enumerate((0.80, 0.75)):
         for measured in report.MEASURES:
@@ -126,9 +120,7 @@ def _rows() -> list[Row]:
                             work=float(longer),
                         )
                     )
-    memory = dataclasses.replace(
-        base, workload="main", provider="lcattn", unit="MiB", work=0.0, beside_ms=0.0
-    )
+    memory = dataclasses.replace(base, workload="main", provider="lcattn", unit="MiB", work=0.0, beside_ms=0.0)
     rows.append(dataclasses.replace(memory, measure="extra memory", value=40.0))
     rows.append(dataclasses.replace(memory, measure="io memory", value=100.0))
     return rows
@@ -156,9 +148,7 @@ def test_report_and_plots_come_from_the_csv(tmp_path: Path) -> None:
     records.append(path, _rows())
     results = Results(records.read(path))
     assert results.share("main", "lcattn", "forward") == pytest.approx(0.775)
-    assert results.ratio(("main", "sdpa-folded", "forward"), ("main", "lcattn", "forward")) == pytest.approx(
-        5
-    )
+    assert results.ratio(("main", "sdpa-folded", "forward"), ("main", "lcattn", "forward")) == pytest.approx(5)
     assert results.share("main", "flex", "forward") is None
     met = {target.name: target.met for target in report.targets(results)}
     assert met["head dim 64, forward, share of sgemm"] is True
