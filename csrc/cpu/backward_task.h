@@ -86,7 +86,7 @@ struct Call {
 
 class Task {
   // rows whose dots run side by side, to hide the latency of a sum in order
-  static constexpr int kDots = 8;
+  static constexpr int kDots = 4;
 
  public:
   static int64_t scratch_bytes(const Call& c, int64_t slots) {
