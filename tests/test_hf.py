@@ -26,9 +26,7 @@ from lcattn import hf, tolerance
 B, T, VOCAB = 2, 80, 97
 PADS = (0, 13)
 
-_SMALL = dict(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-)
+_SMALL = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 _SMALL |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 _GQA = dict(num_key_value_heads=2, head_dim=16)
 _T5 = dict(vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0)
@@ -53,9 +51,7 @@ MODELS: dict[str, tuple[Any, Any, str]] = {
     "mistral": (tf.MistralForCausalLM, tf.MistralConfig(**_SMALL, **_GQA, sliding_window=24), "sdpa"),
     "modernbert": (
         tf.ModernBertForMaskedLM,
-        tf.ModernBertConfig(
-            **_SMALL, local_attention=24, cls_token_id=1, sep_token_id=2, global_attn_every_n_layers=2
-        ),
+        tf.ModernBertConfig(**_SMALL, local_attention=24, cls_token_id=1, sep_token_id=2, global_attn_every_n_layers=2),
         "sdpa",
     ),
     "bart": (
@@ -90,9 +86,7 @@ MODELS: dict[str, tuple[Any, Any, str]] = {
     ),
     "gemma3": (
         tf.Gemma3ForCausalLM,
-        tf.Gemma3TextConfig(
-            **_SMALL, **_GQA, sliding_window=24, layer_types=_LOCAL_GLOBAL, query_pre_attn_scalar=16
-        ),
+        tf.Gemma3TextConfig(**_SMALL, **_GQA, sliding_window=24, layer_types=_LOCAL_GLOBAL, query_pre_attn_scalar=16),
         "sdpa",
     ),
     "phi": (tf.PhiForCausalLM, tf.PhiConfig(**_SMALL), "sdpa"),
@@ -133,9 +127,7 @@ _QUERIES = r"(\.q|query|q_proj|Wqkv|c_attn|q_attn|query_key_value)\.weight$"
 _spreads: list[float] = []
 
 
-def _probe(
-    module: Any, query: Tensor, key: Tensor, *args: Any, scaling: float | None = None, **kwargs: Any
-) -> Any:
+def _probe(module: Any, query: Tensor, key: Tensor, *args: Any, scaling: float | None = None, **kwargs: Any) -> Any:
     keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     _spreads.append(float((query @ keys.mT * factor).std()))
@@ -150,9 +142,7 @@ def _registered() -> Iterator[None]:
     masks = tf.AttentionMaskInterface._global_mapping
     eager_mask = masks["eager"]
     low = torch.finfo(torch.float32).min / 2
-    masks["eager"] = lambda *args, **kwargs: (
-        None if (m := eager_mask(*args, **kwargs)) is None else m.clamp(low)
-    )
+    masks["eager"] = lambda *args, **kwargs: None if (m := eager_mask(*args, **kwargs)) is None else m.clamp(low)
     yield
     masks["eager"] = eager_mask
 
@@ -345,9 +335,7 @@ def test_dropout_is_applied(seed: int) -> None:
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_lora_step(name: str, seed: int) -> None:
     targets = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"], "t5": ["q", "v"]}[name]
-    model = peft.get_peft_model(
-        make(name), peft.LoraConfig(target_modules=targets, init_lora_weights=False)
-    ).eval()
+    model = peft.get_peft_model(make(name), peft.LoraConfig(target_modules=targets, init_lora_weights=False)).eval()
     inputs = batch(model, "right")
     compare(model, inputs, lambda m: hf.use(m, lcattn.Full()))
     hf.use(model, lcattn.Full())
@@ -373,9 +361,7 @@ def _prefix_tuned(name: str) -> Any:
         model = tf.BertForTokenClassification(encoder.config).eval()
         model.bert.load_state_dict(encoder.bert.state_dict())
         model.set_attn_implementation("sdpa")
-    tuned = peft.get_peft_model(
-        model, peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=_PREFIX)
-    ).eval()
+    tuned = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=_PREFIX)).eval()
     with torch.no_grad():
         tuned.prompt_encoder["default"].embedding.weight.normal_(0, 0.5)
     return tuned
@@ -478,6 +464,20 @@ def test_no_mask_equals_sdpa(of_module: bool | None, is_causal: bool | None, see
         tolerance.check(f"{t} x {s}", got, truth, eager)
 
 
+def test_unknown_function_may_change(seed: int) -> None:
+    ids = torch.randint(0, 3, (1, T))
+    function = mu.or_masks(mu.causal_mask_function, lambda b, h, q, k: ids[b, k] == 0)
+    q = torch.zeros(1, 2, T, 16)
+    v = torch.randn(1, 2, T, 16)
+    for _ in range(2):
+        options = dict(batch_size=1, q_length=T, kv_length=T, mask_function=function)
+        got, _ = hf.attention_forward(nn.Module(), q, q, v, hf.make_mask(**options))
+        dense = mu.sdpa_mask(**options, allow_is_causal_skip=False)
+        want = nn.functional.scaled_dot_product_attention(q, q, v, dense)
+        torch.testing.assert_close(got.transpose(1, 2), want)
+        ids.random_(0, 3)
+
+
 def _by_values(kind: str) -> Any:
     seen = torch.rand(B, 4 if kind == "per head" else 1, T, T) < 0.3
     seen |= torch.eye(T, dtype=torch.bool)
@@ -506,11 +506,12 @@ def test_mask_by_values(name: str, kind: str, seed: int) -> None:
     agree(got, truth, eager)
 
 
-def test_mask_by_values_follows_its_tensor(seed: int) -> None:
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_mask_by_values_follows_its_tensor(kind: str, seed: int) -> None:
     model = _on(make("bert"), "lcattn")
-    ids, mask = torch.randint(3, VOCAB, (B, T)), _by_values("bool")
+    ids, mask = torch.randint(3, VOCAB, (B, T)), _by_values(kind)
     before = model(ids, attention_mask=mask).logits
-    mask[:, :, :, 7:9] = False
+    mask[:, :, :, 7:9] = False if kind == "bool" else -torch.inf
     after = model(ids, attention_mask=mask).logits
     assert not torch.allclose(before, after)
     assert torch.equal(after, model(ids, attention_mask=mask.clone()).logits)
@@ -632,9 +633,7 @@ def test_use_leaves_cross_attention_whole(name: str, seed: int) -> None:
     keys = seen.bool()[:, None, None, :]
 
     def dense(run: Any) -> dict[str, Tensor]:
-        encoded = run.get_encoder()(
-            inputs["input_ids"], attention_mask=_dense(_CHUNKS, positions, False) & keys
-        )
+        encoded = run.get_encoder()(inputs["input_ids"], attention_mask=_dense(_CHUNKS, positions, False) & keys)
         decoder_mask = _dense(_CHUNKS, positions, True) & keys
         return results(run, inputs | {"encoder_outputs": encoded, "decoder_attention_mask": decoder_mask})
 
@@ -764,9 +763,7 @@ def test_use_replaces_and_restores(seed: int) -> None:
 
 
 def _refused() -> dict[str, Callable[[], Any]]:
-    small = dict(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    )
+    small = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     bart = dict(
         vocab_size=VOCAB,
         d_model=64,
@@ -782,9 +779,7 @@ def _refused() -> dict[str, Callable[[], Any]]:
         "led": lambda: tf.LEDModel(tf.LEDConfig(**bart, attention_window=8)),
         "big_bird": lambda: tf.BigBirdModel(tf.BigBirdConfig(**small)),
         "bigbird_pegasus": lambda: tf.BigBirdPegasusModel(tf.BigBirdPegasusConfig(**bart)),
-        "xlnet": lambda: tf.XLNetModel(
-            tf.XLNetConfig(vocab_size=VOCAB, d_model=64, n_layer=1, n_head=4, d_inner=64)
-        ),
+        "xlnet": lambda: tf.XLNetModel(tf.XLNetConfig(vocab_size=VOCAB, d_model=64, n_layer=1, n_head=4, d_inner=64)),
         "deberta": lambda: tf.DebertaModel(tf.DebertaConfig(**small)),
         "deberta-v2": lambda: tf.DebertaV2Model(tf.DebertaV2Config(**small)),
         "longt5": lambda: tf.LongT5Model(tf.LongT5Config(**_T5)),

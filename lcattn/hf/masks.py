@@ -293,9 +293,7 @@ class _Reader:
 
     def _both(self, functions: Sequence[Callable[..., Any]], windows: bool) -> Layout:
         documents = [
-            _closure(f)["packed_sequence_mask"]
-            for f in functions
-            if _maker(f) == "packed_sequence_mask_function"
+            _closure(f)["packed_sequence_mask"] for f in functions if _maker(f) == "packed_sequence_mask_function"
         ]
         parts = []
         for function in functions:
@@ -328,10 +326,16 @@ class _Reader:
         return values[:, self.kv_offset : self.kv_offset + self.S]
 
 
-# functions that layouts name by number, the latest only: models may make new closures in every forward pass
+# The functions of the latest forward passes, which layouts name by number. A function has a new number in every pass:
+# what it closes over may have changed, and tables are remembered by number.
 _functions: OrderedDict[int, tuple[Callable[..., Any], bool]] = OrderedDict()
 _numbers = itertools.count()
 _N_FUNCTIONS = 1024
+
+
+@functools.lru_cache(maxsize=256)
+def _reads_batch(function: Callable[..., Any]) -> bool:
+    return reads_batch_and_head(function)[0]
 
 
 @register
@@ -351,12 +355,10 @@ class MaskFunction(Layout):
 
     @classmethod
     def of(cls, function: Callable[..., Any], q_offset: int, kv_offset: int) -> MaskFunction:
-        number = next((n for n, (held, _) in _functions.items() if held is function), None)
-        if number is None:
-            number = next(_numbers)
-            _functions[number] = (function, reads_batch_and_head(function)[0])
-            while len(_functions) > _N_FUNCTIONS:
-                _functions.popitem(last=False)
+        number = next(_numbers)
+        _functions[number] = (function, _reads_batch(function))
+        while len(_functions) > _N_FUNCTIONS:
+            _functions.popitem(last=False)
         return cls(number, q_offset, kv_offset)
 
     def visible(self, q_pos: Tensor, k_pos: Tensor, ctx: Context) -> Tensor:
@@ -425,15 +427,11 @@ def mask_of(attention_mask: Mask | BlockMask | Tensor | None, query: Tensor, S: 
     if isinstance(attention_mask, Tensor):
         return _from_values(attention_mask, T, S)
     if not isinstance(attention_mask, Mask):
-        raise TypeError(
-            f"attention_mask: expected a tensor or lcattn's Mask, got {type(attention_mask).__name__}"
-        )
-    if attention_mask.layout == Full() and attention_mask.key_mask is None:
-        # keys that a prefix added unannounced are seen as well, which sdpa reaches by making no mask at all
-        return replace(attention_mask, sizes=(B, T, S), views={})
+        raise TypeError(f"attention_mask: expected a tensor or lcattn's Mask, got {type(attention_mask).__name__}")
     b, t, s = attention_mask.sizes
     if b not in (1, B) or (t, s) != (T, S):
-        raise ValueError(
-            f"attention_mask: made for {b} x {t} queries by {s} keys, got {B} x {T} queries by {S} keys"
-        )
+        if attention_mask.layout == Full() and attention_mask.key_mask is None:
+            # keys that a prefix added unannounced are seen as well: sdpa comes to it by making no mask at all
+            return replace(attention_mask, sizes=(B, T, S), views={})
+        raise ValueError(f"attention_mask: made for {b} x {t} queries by {s} keys, got {B} x {T} queries by {S} keys")
     return attention_mask

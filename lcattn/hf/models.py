@@ -139,22 +139,16 @@ def _attentions(model: nn.Module) -> dict[str, nn.Module]:
         refusal = _REFUSED.get(config.model_type)
         if refusal is not None:
             reason, *serves = refusal
-            raise ValueError(
-                f"model: {config.model_type} is not supported: {reason}; {_SERVES.format(*serves)}"
-            )
+            raise ValueError(f"model: {config.model_type} is not supported: {reason}; {_SERVES.format(*serves)}")
     found = {}
     for name, module in model.named_modules():
         routes = _routes(module.__class__)
         if routes:
             found[name] = module
         elif routes is False:
-            raise ValueError(
-                f"model: {type(module).__name__} ({name}) computes attention past transformers' interface"
-            )
+            raise ValueError(f"model: {type(module).__name__} ({name}) computes attention past transformers' interface")
     if not found:
-        raise ValueError(
-            f"model: {type(model).__name__} has no attention that goes through transformers' interface"
-        )
+        raise ValueError(f"model: {type(model).__name__} has no attention that goes through transformers' interface")
     return found
 
 
@@ -204,9 +198,7 @@ def use(model: Any, layout: Layout | None, position: Position | Sequence[Positio
     before = [(config, config._attn_implementation) for config in held.values()]
     hooks: list[RemovableHandle] = []
     peft = getattr(model, "active_peft_config", None)
-    prefix: int = (
-        getattr(peft, "num_virtual_tokens", 0) if getattr(peft, "peft_type", "") == "PREFIX_TUNING" else 0
-    )
+    prefix: int = getattr(peft, "num_virtual_tokens", 0) if getattr(peft, "peft_type", "") == "PREFIX_TUNING" else 0
     conversion = Conversion(layout, positions, prefix)
     model.__dict__["_lcattn_before"] = (before, hooks)
     try:
@@ -215,9 +207,7 @@ def use(model: Any, layout: Layout | None, position: Position | Sequence[Positio
         for name, module in attentions.items():
             if "position_bias" in inspect.signature(type(module).forward).parameters:
                 if not hasattr(module, "has_relative_attention_bias"):
-                    raise ValueError(
-                        f"model: {type(module).__name__} ({name}) is given a dense position bias"
-                    )
+                    raise ValueError(f"model: {type(module).__name__} ({name}) is given a dense position bias")
                 hooks.append(module.register_forward_pre_hook(_give_buckets, with_kwargs=True))
             if not re.search("cross|encoder_attn|encdecattention", f"{name}.{type(module).__name__}".lower()):
                 module.__dict__["_lcattn"] = conversion
