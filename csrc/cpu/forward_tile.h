@@ -74,8 +74,8 @@ class ForwardTile {
  public:
   static int64_t scratch_bytes(const Problem& p) {
     const int64_t rows = padded<float>(kBlock * padded_dim(p.D));
-    return 3 * rows + padded<float>(kBlock * p.D) + padded<float>(kTile) +
-           3 * padded<float>(kBlock) + padded<TileMask>(kCachedMasks + 1) +
+    return rows + 2 * padded<float>(RowCache::floats(p.D)) + padded<float>(kBlock * p.D) +
+           padded<float>(kTile) + 3 * padded<float>(kBlock) + padded<TileMask>(kCachedMasks + 1) +
            ScoreTerms<true>::scratch_bytes(p);
   }
 
@@ -85,8 +85,8 @@ class ForwardTile {
         out_(scratch.take<float>(kBlock * out_stride_)),
         queries_(scratch.take<float>(kBlock * p.D)),
         tile_(scratch.take<float>(kTile)),
-        key_rows_(scratch.take<float>(kBlock * out_stride_)),
-        value_rows_(scratch.take<float>(kBlock * out_stride_)),
+        keys_(scratch.take<float>(RowCache::floats(p.D))),
+        values_(scratch.take<float>(RowCache::floats(p.D))),
         row_max_(scratch.take<float>(kBlock)),
         row_sum_(scratch.take<float>(kBlock)),
         tile_sum_(scratch.take<float>(kBlock)),
@@ -124,15 +124,15 @@ class ForwardTile {
 
     set_phase(phase);
     terms_.set_keys(block_.b, block_.g, phase, key, n_k);
-    const Rows keys = rows_of(p_.k[p_.k_of[phase]], p_.dtype, block_.b, block_.g, key, n_k, p_.D,
-                              false, key_rows_);
+    const Rows keys =
+        keys_.rows_of(p_.k[p_.k_of[phase]], p_.dtype, block_.b, block_.g, key, n_k, p_.D, false);
     const bool simple = terms_.only_strip() && p_.softcap == 0.0f;
     if (!(simple && all_started_ && exponentials(keys, n_k, mask))) {
       exponentials_after_scores(keys, n_k, mask);
     }
     if (p_.dropout > 0.0f) drop(key, n_k);
-    const Rows values = rows_of(p_.v[p_.v_of[phase]], p_.dtype, block_.b, block_.g, key, n_k, p_.D,
-                                true, value_rows_);
+    const Rows values =
+        values_.rows_of(p_.v[p_.v_of[phase]], p_.dtype, block_.b, block_.g, key, n_k, p_.D, true);
     accumulate(values, n_k, mask);
     started_ = true;
   }
@@ -320,7 +320,9 @@ class ForwardTile {
 
   const Problem& p_;
   const int64_t out_stride_;
-  float *out_, *queries_, *tile_, *key_rows_, *value_rows_, *row_max_, *row_sum_, *tile_sum_;
+  float *out_, *queries_, *tile_;
+  RowCache keys_, values_;
+  float *row_max_, *row_sum_, *tile_sum_;
   TileMask* masks_;
   int64_t cached_tile_[kCachedMasks];
   ScoreTerms<true> terms_;

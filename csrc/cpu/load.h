@@ -164,6 +164,51 @@ inline void transpose_whole_vectors(const char* from, int64_t stride_bytes, int6
   }
 }
 
+// Blocks of rows that several query blocks in turn read, copied once where they can't be read in
+// place: as in rows_of, and where rows lie far apart, as in a [B, T, H, D] tensor, because these
+// would fall into few sets of the cache and many pages. A block has one place, the last one copied
+// there stays.
+class RowCache {
+ public:
+  static int64_t blocks(int64_t dim) {
+    const int64_t fit = kBytes / (kBlock * padded_dim(dim) * 4);
+    return fit < 4 ? 4 : fit < kMaxBlocks ? fit : kMaxBlocks;
+  }
+  static int64_t floats(int64_t dim) { return blocks(dim) * kBlock * padded_dim(dim); }
+
+  explicit RowCache(float* tiles) : tiles_(tiles) {
+    for (Tag& tag : tags_) tag = {nullptr, -1, -1, -1};
+  }
+
+  Rows rows_of(const View& view, DType dtype, int64_t b, int64_t head, int64_t row, int64_t count,
+               int64_t dim, bool whole_vectors) {
+    if (dtype == DType::kFloat32 && view.dim == 1 && view.row <= 2 * dim &&
+        (!whole_vectors || dim % kWidth == 0)) {
+      return {reinterpret_cast<const float*>(row_address(view, dtype, b, head, row)), view.row};
+    }
+    const int64_t place = row / kBlock % blocks(dim);
+    float* tile = tiles_ + place * kBlock * padded_dim(dim);
+    Tag& tag = tags_[place];
+    if (tag.view != &view || tag.b != b || tag.head != head || tag.row != row) {
+      copy_rows(view, dtype, b, head, row, count, dim, 1.0f, tile);
+      tag = {&view, b, head, row};
+    }
+    return {tile, padded_dim(dim)};
+  }
+
+ private:
+  // of K and of V: together half of a second-level cache of 2 MiB
+  static constexpr int64_t kBytes = 512 * 1024, kMaxBlocks = 64;
+
+  struct Tag {
+    const View* view;
+    int64_t b, head, row;
+  };
+
+  float* tiles_;
+  Tag tags_[kMaxBlocks];
+};
+
 // The transpose of `count` <= kBlock rows, times factor, then times unit: tile [dim][kBlock], zeros
 // from column count on.
 inline void copy_transposed(const View& view, DType dtype, int64_t b, int64_t head, int64_t row,
