@@ -10,9 +10,10 @@
 //   = c dkr_j = scale sum_i ds_ij rel_query[c_ij]      drel_query[c] = scale sum of ds_ij kr_j
 //   where c_ij = c
 //
-// The table entries that a tile reaches are taken kBlock at a time: dS summed by query (or key) and
-// entry is a matrix, and both gradients are products with it. `scale` is left to whoever stores
-// them.
+// dS summed by query (or key) and table entry is a matrix, and both gradients are products with it.
+// Where coordinates step by one and no offset is clamped, that matrix is dS itself with each row
+// moved one column further than the last: it is read in place, by a stride. Elsewhere it is
+// gathered, kBlock entries at a time. `scale` is left to whoever stores the gradients.
 #pragma once
 
 #include "backward_tables.h"
@@ -57,9 +58,15 @@ LCATTN_INLINE void for_each_visible(const Tile& tile, const F& f) {
 }
 
 class SlowTile {
+  // a row of dS between zeros, which strips of kTileRows rows reach into
+  static constexpr int64_t kMargin = 8, kSkewed = kBlock + 2 * kMargin;
+  static constexpr int64_t kDiagonals = 2 * kBlock - 1;
+  static_assert(kTileRows <= kMargin);
+
  public:
   static int64_t scratch_bytes(const Problem& p) {
-    return 2 * padded<float>(kTile) + 2 * padded<float>(kBlock * padded_dim(p.D));
+    return 2 * padded<float>(kTile) + padded<float>(kBlock * kSkewed) +
+           3 * padded<float>(kBlock * padded_dim(p.D));
   }
 
   SlowTile(const Problem& p, Scratch& scratch)
@@ -67,7 +74,10 @@ class SlowTile {
         scores_(scratch.take<float>(kTile)),
         by_entry_(scratch.take<float>(kTile)),
         operand_rows_(scratch.take<float>(kBlock * padded_dim(p.D))),
-        table_rows_(scratch.take<float>(kBlock * padded_dim(p.D))) {}
+        table_rows_(scratch.take<float>(2 * kBlock * padded_dim(p.D))),
+        skewed_(scratch.take<float>(kBlock * kSkewed)) {
+    for (int64_t i = 0; i < kBlock * kSkewed; i += kWidth) store(skewed_ + i, zero());
+  }
 
   // ds, and in p what dv is made of; p is dropped in place once ds is known
   void run(const Tile& tile, ScoreTerms<false>& terms, float* p, float* ds) {
@@ -126,6 +136,67 @@ class SlowTile {
   template <bool kRelKey>
   void relative(const Tile& tile, const OffsetTable& table, const View& operand, int64_t head,
                 int64_t first_row, int64_t rows, const float* ds, float* doperand, float* dtable) {
+    const Rows x =
+        rows_of(operand, p_.dtype, tile.b, head, first_row, rows, p_.D, true, operand_rows_);
+    const int64_t lowest = tile.offset - (kBlock - 1) - table.min_offset;
+    if (tile.steps && lowest >= 0 && lowest + kDiagonals <= table.length) {
+      relative_by_diagonal<kRelKey>(tile, table, x, rows, lowest, ds, doperand, dtable);
+    } else {
+      relative_by_entry<kRelKey>(tile, table, x, rows, ds, doperand, dtable);
+    }
+  }
+
+  View entries_of(const Tile& tile, const OffsetTable& table) const {
+    return {const_cast<float*>(table.data + tile.h * table.head_stride), 0, 0, p_.D};
+  }
+
+  // Diagonal t of row r is column r + t - 63 of dS. Diagonals go up with the table's entries for
+  // relative keys; dS is transposed for relative queries, and they go down.
+  template <bool kRelKey>
+  void relative_by_diagonal(const Tile& tile, const OffsetTable& table, Rows x, int64_t rows,
+                            int64_t lowest, const float* ds, float* doperand, float* dtable) {
+    const int64_t stride = padded_dim(p_.D), vectors = stride / kWidth;
+    if (!kRelKey) {
+      const View square = {const_cast<float*>(ds), 0, 0, kBlock};
+      copy_transposed(square, DType::kFloat32, 0, 0, 0, kBlock, kBlock, 1.0f, by_entry_);
+      ds = by_entry_;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < kBlock; j += kWidth) {
+        store(skewed_ + r * kSkewed + kMargin + j, load(ds + r * kBlock + j));
+      }
+    }
+    const float* diagonals = skewed_ + kMargin - (kBlock - 1);
+    const auto range = [](int64_t first, int64_t end) {
+      first = first < 0 ? 0 : first;
+      return Extent{static_cast<uint8_t>(first < end ? first : end), static_cast<uint8_t>(end)};
+    };
+    if (doperand) {
+      Extent seen[kStrips];
+      for (int64_t r = 0; r < kBlock; r += kTileRows) {
+        seen[r / kTileRows] = range(kBlock - kTileRows - r, kDiagonals - r);
+      }
+      Rows strip = rows_of(entries_of(tile, table), DType::kFloat32, 0, 0, lowest, kDiagonals, p_.D,
+                           true, table_rows_);
+      if (!kRelKey) strip = {strip.data + (kDiagonals - 1) * strip.stride, -strip.stride};
+      accumulate(AlongDepth{diagonals, kSkewed + 1}, strip, rows, vectors, seen,
+                 Memory{doperand, stride});
+    }
+    if (dtable) {
+      Extent seen[(kDiagonals + kTileRows - 1) / kTileRows];
+      for (int64_t t = 0; t < kDiagonals; t += kTileRows) {
+        const int64_t end = kDiagonals - t;
+        seen[t / kTileRows] = range(kBlock - kTileRows - t, end < rows ? end : rows);
+      }
+      Memory sum = {dtable + lowest * stride, stride};
+      if (!kRelKey) sum = {sum.data + (kDiagonals - 1) * stride, -stride};
+      accumulate(AlongRows{diagonals, kSkewed + 1}, x, kDiagonals, vectors, seen, sum);
+    }
+  }
+
+  template <bool kRelKey>
+  void relative_by_entry(const Tile& tile, const OffsetTable& table, Rows x, int64_t rows,
+                         const float* ds, float* doperand, float* dtable) {
     const auto entry_of = [&](int64_t r, int64_t j) {
       const int64_t entry = offset_of(tile, r, j) - table.min_offset;
       return entry < 0 ? 0 : entry < table.length ? entry : table.length - 1;
@@ -137,9 +208,6 @@ class SlowTile {
       high = entry > high ? entry : high;
     });
     const int64_t stride = padded_dim(p_.D), vectors = stride / kWidth;
-    const Rows x =
-        rows_of(operand, p_.dtype, tile.b, head, first_row, rows, p_.D, true, operand_rows_);
-    const View entries = {const_cast<float*>(table.data + tile.h * table.head_stride), 0, 0, p_.D};
     for (int64_t first = low; first <= high; first += kBlock) {
       const int64_t count = high - first + 1 < kBlock ? high - first + 1 : kBlock;
       bool any = false;
@@ -157,8 +225,8 @@ class SlowTile {
         all_rows[s] = {0, static_cast<uint8_t>(rows)};
       }
       if (doperand) {
-        const Rows strip =
-            rows_of(entries, DType::kFloat32, 0, 0, first, count, p_.D, true, table_rows_);
+        const Rows strip = rows_of(entries_of(tile, table), DType::kFloat32, 0, 0, first, count,
+                                   p_.D, true, table_rows_);
         accumulate(AlongDepth{by_entry_, kBlock}, strip, rows, vectors, all_entries,
                    Memory{doperand, stride});
       }
@@ -170,7 +238,7 @@ class SlowTile {
   }
 
   const Problem& p_;
-  float *scores_, *by_entry_, *operand_rows_, *table_rows_;
+  float *scores_, *by_entry_, *operand_rows_, *table_rows_, *skewed_;
 };
 
 }  // namespace lcattn::cpu::LCATTN_ISA
