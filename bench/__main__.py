@@ -86,7 +86,7 @@ def main(
     if quick:
         rounds = min(rounds, 3)
         workload = workload or ["main", *OTHER]
-        provider = provider or ["lcattn", "sdpa-folded", "sdpa-folded-fixed", "sdpa-causal"]
+        provider = provider or ["lcattn", "sdpa-folded", "sdpa-folded-fixed", "sdpa-padded", "sdpa-causal"]
     seed = time.time_ns() % 2**31 if seed is None else seed
     chosen = workload or [*WORKLOADS, *OTHER]
     row = blank(run)

@@ -145,6 +145,23 @@ def _folded(w: Workload, inputs: Inputs, grad: bool, learn_bias: bool) -> Prepar
     return Prepared(forward, x, w.layout, w.position, w.D**-0.5)
 
 
+def _padded(w: Workload, inputs: Inputs, grad: bool) -> Prepared:
+    x = _leaves(inputs, grad)
+    C, n = w.chunk, w.N // w.chunk
+
+    def neighbours(t: Tensor) -> Tensor:
+        return F.pad(t, (0, 0, C, 0))[0].unfold(1, 2 * C, C).permute(1, 0, 3, 2)
+
+    def forward() -> Tensor:
+        mask = _bias_tile(w, x["table"]).to(w.dtype).repeat(n, 1, 1, 1)
+        mask[0, :, :, :C] = float("-inf")
+        folded = x["q"][0].unflatten(1, (n, C)).transpose(0, 1)
+        out = F.scaled_dot_product_attention(folded, neighbours(x["k"]), neighbours(x["v"]), attn_mask=mask)
+        return out.transpose(0, 1).flatten(1, 2)[None]
+
+    return Prepared(forward, x, w.layout, w.position, w.D**-0.5)
+
+
 def _dense(w: Workload, inputs: Inputs, grad: bool) -> Prepared:
     x = _leaves(inputs, grad, ("q", "k", "v"))
 
@@ -349,6 +366,13 @@ PROVIDERS = {
             "SDPA, folded chunks, fixed bias",
             "no gradient of the bias: less work, fused both ways",
             functools.partial(_folded, learn_bias=False),
+            reject=_whole_chunks,
+        ),
+        Provider(
+            "sdpa-padded",
+            "SDPA, padded chunks, learned bias",
+            "the same work as it is usually written: keys padded by a chunk, a mask a chunk, made in every call",
+            _padded,
             reject=_whole_chunks,
         ),
         Provider(

@@ -15,7 +15,7 @@ from lcattn.plot import picture
 # queries and keys of this standard deviation give content scores of its square
 _QK_STD = 3**0.5
 
-EXACT = ("lcattn", "sdpa-folded", "sdpa-folded-fixed", "flex-bias")
+EXACT = ("lcattn", "sdpa-folded", "sdpa-folded-fixed", "sdpa-padded", "flex-bias")
 
 
 @dataclass(frozen=True)
