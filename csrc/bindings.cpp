@@ -268,7 +268,7 @@ DType kernel_dtype(ScalarType dtype) {
 }
 
 Problem make_problem(const Inputs& in, const Tensor& out, const Tensor& lse,
-                     const Tensor& lse_rest) {
+                     const MaybeTensor& lse_rest) {
   Problem p;
   const auto counted = [](const TensorList& list, const char* name) {
     require(!list.empty() && list.size() <= kMaxPhases, name, " must be 1 to ", kMaxPhases,
@@ -346,8 +346,11 @@ Problem make_problem(const Inputs& in, const Tensor& out, const Tensor& lse,
 
   p.out = output_view(out, "out", dtype, p.B, p.H, p.T, p.D);
   p.lse = data<float>(expect(lse, "lse", ScalarType::Float, {{p.B}, {p.H}, {p.T}}, true));
-  p.lse_rest =
-      data<float>(expect(lse_rest, "lse_rest", ScalarType::Float, {{p.B}, {p.H}, {p.T}}, true));
+  if (lse_rest) {
+    const auto& rest =
+        expect(*lse_rest, "lse_rest", ScalarType::Float, {{p.B}, {p.H}, {p.T}}, true);
+    p.lse_rest = data<float>(rest);
+  }
   return p;
 }
 
@@ -359,12 +362,13 @@ constexpr const char* kForwardSchema =
     "float softcap, Tensor? bias, int bias_min, Tensor? slope, Tensor? rel_key, int rel_key_min, "
     "Tensor? rel_query, int rel_query_min, Tensor? qr, Tensor? kr, Tensor? sink, float dropout, "
     "int seed, "
-    "Tensor(a!) out, Tensor(b!) lse, Tensor(c!) lse_rest) -> ()";
+    "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? lse_rest) -> ()";
 
 void cpu_forward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack);
   const Inputs in = take_inputs(args, false);
-  const Tensor out = args.take<Tensor>(), lse = args.take<Tensor>(), lse_rest = args.take<Tensor>();
+  const Tensor out = args.take<Tensor>(), lse = args.take<Tensor>();
+  const MaybeTensor lse_rest = args.take<MaybeTensor>();
   selected.load()->forward(make_problem(in, out, lse, lse_rest), torch_threads());
 }
 

@@ -49,9 +49,10 @@ class CpuBackend:
         table, inputs = _inputs(problem)
         q = problem.q[0]
         out = torch.empty_like(q)
-        lse, lse_rest = (torch.empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
-        torch.ops.lcattn.cpu_forward(*inputs[:4], table.seg_ptr, table.entries, *inputs[4:], out, lse, lse_rest)
-        return out, lse, lse_rest
+        lse = torch.empty(q.shape[:3], dtype=torch.float32)
+        rest = torch.empty_like(lse) if problem.differentiable else None
+        torch.ops.lcattn.cpu_forward(*inputs[:4], table.seg_ptr, table.entries, *inputs[4:], out, lse, rest)
+        return out, lse, lse.new_empty(0) if rest is None else rest
 
     def backward(
         self,

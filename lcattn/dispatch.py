@@ -28,7 +28,7 @@ class Backend(Protocol):
         ...
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-        """out [B, H, T, D], lse [B, H, T] and what rounding took from lse, for the backward."""
+        """out [B, H, T, D], lse [B, H, T], and for the backward what rounding took from lse (else empty)."""
         ...
 
     def backward(
@@ -54,7 +54,8 @@ class _Reference:
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         out, lse = reference.attention(problem)
         lse = lse.contiguous()
-        return _strided_like(problem.q[0], out), lse, torch.zeros_like(lse)
+        rest = torch.zeros_like(lse) if problem.differentiable else lse.new_empty(0)
+        return _strided_like(problem.q[0], out), lse, rest
 
     def backward(
         self,

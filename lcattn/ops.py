@@ -7,7 +7,7 @@ implementation, so that a tracer sees one constant and never a table of data-dep
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ _INPUTS = (
     "Tensor[] q, Tensor[] k, Tensor[] v, Tensor? bias, Tensor? slope, Tensor? rel_key, Tensor? rel_query,"
     " Tensor? qr, Tensor? kr, Tensor? sink, Tensor? key_mask, Tensor? q_pos, Tensor? k_pos, Tensor? offset_q_pos,"
     " Tensor? offset_k_pos, Tensor? seed, Tensor[] layout_tensors, str layout, int[] phase_map, int bias_min,"
-    " int rel_key_min, int rel_query_min, float scale, float softcap, float dropout, str backend"
+    " int rel_key_min, int rel_query_min, float scale, float softcap, float dropout, bool differentiable, str backend"
 )
 _NAMES = tuple(part.split()[1] for part in _INPUTS.split(", "))
 _N_INPUTS = len(_NAMES)
@@ -53,7 +53,13 @@ def arguments(problem: Problem, backend: str) -> tuple[Any, ...]:
         "phase_map": [at for phase in problem.phase_map for at in phase],
         "backend": backend,
     }
+    values["differentiable"] = torch.is_grad_enabled() and any(t.requires_grad for t in _differentiables(problem))
     return tuple(values.values())
+
+
+def _differentiables(problem: Problem) -> Iterator[Tensor]:
+    yield from (*problem.q, *problem.k, *problem.v)
+    yield from (t for name in TERMS if (t := getattr(problem, name)) is not None)
 
 
 def _layouts(specs: str, tensors: Sequence[Tensor]) -> tuple[Layout, ...]:
@@ -98,7 +104,8 @@ def _attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _attention_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     q = inputs[0][0]
     lse = q.new_empty(q.shape[:3], dtype=_lse_dtype(q.dtype))
-    return torch.empty_like(q), lse, torch.empty_like(lse)
+    differentiable = inputs[_NAMES.index("differentiable")]
+    return torch.empty_like(q), lse, torch.empty_like(lse) if differentiable else lse.new_empty(0)
 
 
 def _lse_dtype(dtype: torch.dtype) -> torch.dtype:

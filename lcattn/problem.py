@@ -36,6 +36,7 @@ class Problem:
         key_mask: [B or 1, S] bool, False hides a key.
         bias: [P or 1, H or 1, L]; slope: [H]; rel_key, rel_query: [H or 1, L, D]; entry c is for offset min + c.
         qr: [B, H, T, D], with rel_key; kr: [B, G, S, D], with rel_query; sink: [H].
+        differentiable: whether a backward may follow; without one, kernels may sum scores in another order.
         scale; softcap, 0 for none; dropout in [0, 1); seed: int64 [1], with dropout.
     """
 
@@ -60,6 +61,7 @@ class Problem:
     qr: Tensor | None = None
     kr: Tensor | None = None
     sink: Tensor | None = None
+    differentiable: bool = True
     scale: float = 1.0
     softcap: float = 0.0
     dropout: float = 0.0

@@ -92,7 +92,8 @@ struct Problem {
 
   View out;                                 // [B, H, T, D], dtype
   float* lse = nullptr;                     // [B, H, T], natural log
-  // [B, H, T], what rounding took from lse, so that the backward's p sums to one for large scores too
+  // [B, H, T], what rounding took from lse, so that the backward's p sums to one for large scores too;
+  // null where no backward follows, and scores may then be summed in any order
   float* lse_rest = nullptr;
 };
 

@@ -46,7 +46,7 @@ LCATTN_INLINE void finish_rows(const Problem& p, int64_t b, int64_t h, int64_t q
     const bool empty = totals[row] == 0.0f;
     const double lse = references[row] * 0.69314718055994531 + __builtin_log(totals[row]);
     p.lse[at + row] = empty ? -kInf : static_cast<float>(lse);
-    p.lse_rest[at + row] = empty ? 0.0f : static_cast<float>(lse - p.lse[at + row]);
+    if (p.lse_rest) p.lse_rest[at + row] = empty ? 0.0f : static_cast<float>(lse - p.lse[at + row]);
   }
   if (n_parts == 1) {
     const Partial whole = part(0);
