@@ -2,8 +2,8 @@
 //
 // Scores are held transposed, [key][query], in units of log2: queries are the lanes, so row maxima
 // and sums are vectors and never reduced across lanes, K rows are read in place as the broadcast
-// operand, and V rows in place as the vectors of out += P V. Nothing but Q, once a block, is
-// packed.
+// operand, and V rows in place as the vectors of out += P V. Q is packed once a block; K and V are
+// copied only where they can't be read in place (RowCache).
 //
 //   visit():  S^T = K Q^T  ->  P^T = exp2(S^T - row_max)  ->  row_sum += P^T,  out += P V
 //
