@@ -6,9 +6,8 @@
 //   p  = 2^(s - lse),   dropped = keep p / (1 - dropout)
 //   ds = p (keep dp / (1 - dropout) - delta) (1 - (s / softcap)^2)
 //
-//   dqr_i = scale sum_j ds_ij rel_key[c_ij]        drel_key[c] = scale sum of ds_ij qr_i where c_ij
-//   = c dkr_j = scale sum_i ds_ij rel_query[c_ij]      drel_query[c] = scale sum of ds_ij kr_j
-//   where c_ij = c
+//   dqr_i = scale sum_j ds_ij rel_key[c_ij]      drel_key[c]   = scale sum of ds_ij qr_i at c
+//   dkr_j = scale sum_i ds_ij rel_query[c_ij]    drel_query[c] = scale sum of ds_ij kr_j at c
 //
 // dS summed by query (or key) and table entry is a matrix, and both gradients are products with it.
 // Where coordinates step by one and no offset is clamped, that matrix is dS itself with each row
