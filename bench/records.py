@@ -149,17 +149,15 @@ class Results:
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = list(rows)
 
-    def of(self, workload: str, provider: str, measure: str, isa: str | None = None) -> list[Row]:
-        """Rows of one measurement; without `isa`, those of the run's first."""
-        isa = isa or self.rows[0].isa
-        found = [
-            r for r in self.rows if (r.workload, r.provider, r.measure, r.isa) == (workload, provider, measure, isa)
-        ]
+    def of(self, workload: str, provider: str, measure: str) -> list[Row]:
+        """Rows of one measurement, by round."""
+        asked = (workload, provider, measure)
+        found = [row for row in self.rows if (row.workload, row.provider, row.measure) == asked]
         return sorted(found, key=lambda row: row.round)
 
-    def share(self, workload: str, provider: str, measure: str, isa: str | None = None) -> float | None:
+    def share(self, workload: str, provider: str, measure: str) -> float | None:
         """Median share of the paired product's rate."""
-        rows = self.of(workload, provider, measure, isa)
+        rows = self.of(workload, provider, measure)
         return statistics.median(row.share for row in rows) if rows else None
 
     def value(self, workload: str, provider: str, measure: str) -> float | None:

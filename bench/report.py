@@ -9,7 +9,6 @@ from pathlib import Path
 
 from lcattn import plot
 
-from .measure import AVX2
 from .providers import PROVIDERS
 from .records import Results
 from .workloads import WORKLOADS
@@ -32,17 +31,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def shares(results: Results) -> str:
     """A row a workload, provider and pass: median share of sgemm, its range, time, and time over lcattn's."""
-    keys = dict.fromkeys((r.workload, r.provider, r.measure, r.isa) for r in results.rows if r.work)
+    keys = dict.fromkeys((r.workload, r.provider, r.measure) for r in results.rows if r.work)
     rows = []
-    for workload, provider, measure, isa in keys:
-        found = results.of(workload, provider, measure, isa)
+    for workload, provider, measure in keys:
+        found = results.of(workload, provider, measure)
         of_sgemm = [row.share for row in found]
-        own = {row.round: row.relative for row in results.of(workload, "lcattn", measure, isa)}
+        own = {row.round: row.relative for row in results.of(workload, "lcattn", measure)}
         leads = [row.relative / own[row.round] for row in found if row.round in own]
         rows.append(
             (
                 f"{workload}, {PROVIDERS[provider].label}",
-                isa,
+                found[0].isa,
                 measure,
                 f"{statistics.median(of_sgemm):.1%}",
                 f"{min(of_sgemm):.1%} to {max(of_sgemm):.1%}",
@@ -102,7 +101,7 @@ def targets(results: Results) -> list[Target]:
         ours = ("main", "lcattn", measure)
         ratio = results.ratio(("bf16", "lcattn", measure), ours)
         found.append(Target(f"bfloat16, {measure}, time over float32", 1.15, ratio, "x", at_most=True))
-        share = results.share(*ours, isa=AVX2["LCATTN_CPU_ISA"])
+        share = results.share("avx2", "lcattn", measure)
         found.append(Target(f"AVX2, {measure}, share of AVX2's sgemm", 0.72, share, "%"))
         ratio = results.ratio(("long", "lcattn", measure), ours)
         found.append(Target(f"65,536 tokens, {measure}, time over 8,192", 8.8, ratio, "x", at_most=True))

@@ -84,6 +84,7 @@ WORKLOADS = {
         Workload("main", "8,192 tokens, head dim 64, float32, against every peer", providers=PEERS),
         Workload("d128", "head dim 128", D=128),
         Workload("bf16", "bfloat16", dtype=torch.bfloat16),
+        Workload("avx2", "main, held to AVX2 in a child process", providers=("lcattn", "sdpa-folded-fixed")),
         Workload("short", "2,048 tokens", N=2048, providers=("lcattn", "sdpa-folded-fixed", "sdpa-causal")),
         Workload("long", "65,536 tokens", N=65536, providers=("lcattn", "sdpa-folded-fixed")),
     )
