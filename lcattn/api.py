@@ -49,7 +49,8 @@ def attention(
         backend: "auto", or the name of one (`lcattn doctor` lists them), which then raises rather than falls back.
 
     Returns:
-        out [B, H, T, D] in q's dtype. A row that sees nothing is zero, and so are its gradients.
+        out [B, H, T, D] in q's dtype. A row that sees nothing is zero, and so are its gradients. Hidden keys and values
+        must be finite, as in torch's own attention: a weight of 0 times NaN is NaN.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
@@ -143,6 +144,7 @@ def make_problem(
     backend: str,
 ) -> Problem:
     """The `Problem` of a call, every argument checked."""
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
     _check_tensors(q, k, v)
     B, H, T, D = q.shape
     S = k.shape[2]
@@ -199,6 +201,16 @@ def _on_device(name: str, table: Tensor | None, q: Tensor) -> Tensor | None:
     if table is not None and table.device != q.device:
         raise ValueError(f"position: its {name} is on {table.device}, expected {q.device}, as q")
     return table
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """What torch's own attention does inside `torch.autocast`: float32 goes to the region's dtype."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -24,7 +24,7 @@
 namespace lcattn::cpu::LCATTN_ISA {
 
 // exponentials up to this size are safe to sum over any number of keys
-constexpr float kLargest = 4294967296.0f;
+constexpr float kLargestLog2 = 32.0f, kLargest = 4294967296.0f;
 
 struct QueryBlock {
   int64_t b, h, g;
@@ -265,6 +265,9 @@ class ForwardTile {
         store(tile_ + r * kBlock + lane, score);
         new_max = max(new_max, score);
       }
+      // only where it must: what a row gives does not depend on the other rows of its tile
+      const Mask grew = less(old_max + broadcast(kLargestLog2), new_max);
+      new_max = select(grew, new_max, old_max);
       const Mask empty = equal(new_max, broadcast(-kInf));
       const Vec reference = select(empty, zero(), new_max);
       const Vec factor = exp2(old_max - reference);
