@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import Context
@@ -65,6 +66,16 @@ def visible(problem: Problem) -> list[Tensor]:
     return [seen & phase.visible(q_pos, k_pos, ctx) for phase in problem.phases] or [seen]
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b as products of ordinary size are computed: few rows or columns have BLAS kernels that round otherwise."""
+    rows, columns, least = a.shape[-2], b.shape[-1], 16
+    if rows < least:
+        a = F.pad(a, (0, 0, 0, least - rows))
+    if columns < least:
+        b = F.pad(b, (0, least - columns))
+    return (a @ b)[..., :rows, :columns]
+
+
 def scores(problem: Problem) -> list[Tensor]:
     """Scores of each phase before masking, [B, H, T, S]."""
     B, H, G, T, S, _ = problem.sizes
@@ -82,12 +93,12 @@ def scores(problem: Problem) -> list[Tensor]:
 
     result = []
     for f, (q_at, k_at, _) in enumerate(problem.phase_map):
-        content = problem.q[q_at] @ per_query_head(problem.k[k_at]).mT
+        content = _product(problem.q[q_at], per_query_head(problem.k[k_at]).mT)
         if problem.rel_key is not None and problem.qr is not None:
-            by_offset = problem.qr @ problem.rel_key.to(content.dtype).mT
+            by_offset = _product(problem.qr, problem.rel_key.to(content.dtype).mT)
             content = content + by_offset.gather(3, index(f, problem.rel_key_min, by_offset.shape[3]))
         if problem.rel_query is not None and problem.kr is not None:
-            by_offset = per_query_head(problem.kr) @ problem.rel_query.to(content.dtype).mT
+            by_offset = _product(per_query_head(problem.kr), problem.rel_query.to(content.dtype).mT)
             keyed = index(f, problem.rel_query_min, by_offset.shape[3]).mT
             content = content + by_offset.gather(3, keyed).mT
         score = content * problem.scale
@@ -149,19 +160,28 @@ def gradients(problem: Problem, dout: Tensor, dlse: Tensor | None) -> Gradients:
     return _differentiate(problem, total)
 
 
-def recomputed_gradients(problem: Problem, dout: Tensor, dlse: Tensor | None) -> Gradients:
+def recomputed_gradients(
+    problem: Problem, dout: Tensor, dlse: Tensor | None, rounding: torch.Generator | None = None
+) -> Gradients:
     """The same gradients by the formulas of fused kernels, which keep out and lse and not p.
 
     delta_i = sum_d dout_i out_i - dlse_i;  ds_ij = p_ij (drop'(dout_i . v_j) - delta_i);  dsink = -sum p_sink delta.
 
     In a narrow dtype they round where any such kernel must: out once, and both sides of the difference in ds, which
-    cancel where a row sees one key. Source: Dao 2023 (FlashAttention-2), algorithm 2.
+    cancel where a row sees one key. `rounding` draws which way out rounds; None takes it as it comes.
+
+    Source: Dao 2023 (FlashAttention-2), algorithm 2.
     """
     B, H, G, T, S, _ = problem.sizes
     with torch.no_grad():
         out, lse = attention(problem)
         phases, _ = weights(problem)
-        delta = (out * dout).sum(3)
+        if rounding is not None:
+            half = torch.finfo(out.dtype).eps / 2
+            either_way = 1 + half * (2 * torch.rand(out.shape, generator=rounding, dtype=torch.float64) - 1)
+            delta = (out.double() * either_way * dout.double()).sum(3).to(lse.dtype)
+        else:
+            delta = (out * dout).sum(3)
         if dlse is not None:
             delta = (delta - dlse).to(delta.dtype)
         factor: Tensor | float = 1.0
@@ -173,7 +193,8 @@ def recomputed_gradients(problem: Problem, dout: Tensor, dlse: Tensor | None) ->
         result = torch.zeros((), dtype=lse.dtype, device=out.device)
         for score, p, (_, _, v_at) in zip(scores(problem), phases, problem.phase_map, strict=True):
             values = problem.v[v_at].repeat_interleave(H // G, dim=1)
-            ds = p * ((dout @ values.detach().mT) * factor - delta[..., None])
+            dp = _product(dout, values.detach().mT) * factor
+            ds = (p * (dp - delta[..., None])).to(p.dtype)
             result = result + (score * ds).sum() + (((p * factor) @ values) * dout).sum()
         if problem.sink is not None:
             sink = problem.sink[:, None]
