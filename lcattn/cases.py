@@ -299,6 +299,9 @@ SHAPES: tuple[Shape, ...] = (
     Shape(1, 2, 1, 100, 100, 256),
     Shape(1, 2, 2, 90, 300, 96),
     Shape(3, 2, 2, 33, 31, 192),
+    # so many key blocks that several threads share a row of them, forward and decoding
+    Shape(1, 1, 1, 70, 2200, 16),
+    Shape(1, 2, 1, 1, 700, 40),
 )
 
 
