@@ -11,6 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 export CXX
+# waiting threads of one library would spin against the other's
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help test demo bench sanitize lint clean
 

@@ -198,8 +198,7 @@ class NinjaBuild(build_ext):
         torch = find_torch()
         if torch is None:
             raise SystemExit(
-                f"building lcattn needs torch {TORCH_TARGET[0]}.{TORCH_TARGET[1]} or newer: "
-                f"pip install {TORCH_PIN}"
+                f"building lcattn needs torch {TORCH_TARGET[0]}.{TORCH_TARGET[1]} or newer: pip install {TORCH_PIN}"
             )
         # one folder per Python and kind of build; relative to the sources, also when pip builds in isolation
         kind = f"{sysconfig.get_config_var('SOABI')}{'-sanitize' if SANITIZE else ''}"

@@ -144,9 +144,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if key_padding_mask is not None:
             expected = (B, S) if batched else (S,)
             if key_padding_mask.shape != expected:
-                raise ValueError(
-                    f"key_padding_mask: expected {list(expected)}, got {list(key_padding_mask.shape)}"
-                )
+                raise ValueError(f"key_padding_mask: expected {list(expected)}, got {list(key_padding_mask.shape)}")
             key_mask = ~_hidden("key_padding_mask", key_padding_mask).reshape(B, S)
 
         dropout = self.dropout if self.training else 0.0
@@ -157,9 +155,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             out, total = merge([(out, lse), (more_out, more_lse)])
             if weights is not None and more_weights is not None:
                 parts = ((weights, lse), (more_weights, more_lse))
-                weights = torch.cat(
-                    [w * torch.exp(part - total)[..., None].to(w.dtype) for w, part in parts], 3
-                )
+                weights = torch.cat([w * torch.exp(part - total)[..., None].to(w.dtype) for w, part in parts], 3)
 
         out = self.out_proj(self._join_heads(out, batched))
         if weights is None:
@@ -181,9 +177,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 expected = f"{query.dim()} dimensions, the last of {width}"
                 raise ValueError(f"{name}: expected {expected}, got {list(tensor.shape)}")
         if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(
-                f"value: expected length and batch of key {list(key.shape)}, got {list(value.shape)}"
-            )
+            raise ValueError(f"value: expected length and batch of key {list(key.shape)}, got {list(value.shape)}")
         if query.dim() == 2:
             return False, 1, query.shape[0], key.shape[0]
         batch, length = (0, 1) if self.batch_first else (1, 0)

@@ -42,8 +42,9 @@ inline OffsetRange offset_range(const Problem& p) {
 
 // The gradient of one row of the bias while a task runs.
 struct BiasGradient {
-  float* tables;   // [kWidth][length]
-  double ends[2];  // tiles that lie wholly at or beyond the first and the last entry
+  float* tables;      // [kWidth][length]
+  double* scattered;  // [length], where coordinates do not step: many terms meet in one entry
+  double ends[2];     // tiles that lie wholly at or beyond the first and the last entry
   int64_t low, length;
   int64_t first, last;  // offsets of the first and the last entry of the bias
 
@@ -64,6 +65,7 @@ struct BiasGradient {
     last = first + p.bias.length - 1;
     ends[0] = ends[1] = 0.0;
     std::memset(tables, 0, static_cast<size_t>(kWidth * length) * sizeof(float));
+    std::memset(scattered, 0, static_cast<size_t>(length) * sizeof(double));
   }
 
   // dS of a tile with steps of one; o is the offset of its first query and first key
@@ -92,14 +94,14 @@ struct BiasGradient {
   }
 
   // one element of dS at any offset
-  void add(float ds, int64_t o) { tables[clamp_to(o, first, last) - low] += ds; }
+  void add(float ds, int64_t o) { scattered[clamp_to(o, first, last) - low] += ds; }
 
   // adds what was collected to a row of the bias gradient
   void fold(float* row) const {
     const int64_t entries = last - first + 1;
     double at_first = ends[0], at_last = ends[1];
     for (int64_t x = 0; x < length - kWidth; ++x) {
-      float sum = 0.0f;
+      double sum = scattered[x];
       for (int64_t shift = 0; shift < kWidth; ++shift) sum += tables[shift * length + x + shift];
       const int64_t entry = low + x - first;
       if (entry <= 0) {
@@ -107,7 +109,7 @@ struct BiasGradient {
       } else if (entry >= entries - 1) {
         at_last += sum;
       } else {
-        row[entry] += sum;
+        row[entry] += static_cast<float>(sum);
       }
     }
     row[0] += static_cast<float>(at_first);
@@ -117,15 +119,17 @@ struct BiasGradient {
 
 // sum of dS |o| of a tile with steps of one
 inline double slope_gradient(const float* ds, int64_t o) {
-  Vec sum = zero();
+  double total = 0.0;
   for (int64_t r = 0; r < kBlock; ++r) {
+    Vec sum = zero();
     IVec offset = lane_index() + broadcast(static_cast<int32_t>(o - r));
     for (int64_t c = 0; c < kBlockVectors; ++c) {
       sum = fma(load(ds + r * kBlock + c * kWidth), to_float(abs(offset)), sum);
       offset += kWidth;
     }
+    total += reduce_add(sum);
   }
-  return reduce_add(sum);
+  return total;
 }
 
 }  // namespace lcattn::cpu::LCATTN_ISA

@@ -23,7 +23,8 @@ class Task {
     return 4 * padded<float>(c.tile_floats()) + 2 * padded<float>(kTile) +
            padded<float>(c.column_floats()) + padded<float>(slots * c.slot_floats()) +
            padded<float*>(slots) + padded<float*>(c.shape.n_tiles) + padded<float>(kBlock) +
-           padded<BiasGradient>(c.bias_rows()) + c.bias_rows() * padded<float>(kWidth * length) +
+           padded<BiasGradient>(c.bias_rows()) +
+           c.bias_rows() * (padded<float>(kWidth * length) + padded<double>(length)) +
            ScoreTerms<false>::scratch_bytes(c.p) + SlowTile::scratch_bytes(c.p);
   }
 
@@ -59,6 +60,7 @@ class Task {
       BiasGradient::extent(p_, call.offsets, low, length);
       for (int64_t row = 0; row < call.bias_rows(); ++row) {
         bias_[row].tables = scratch.take<float>(kWidth * length);
+        bias_[row].scattered = scratch.take<double>(length);
         bias_[row].start(p_, call.offsets);
       }
     }
