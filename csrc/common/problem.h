@@ -1,6 +1,7 @@
 // The plain data that every kernel reads: what lcattn/problem.py lowers a call to.
 //
-// Kernels know no semantics. For batch b, query head h, kv head g = h / (H / G), query i, key j, phase f:
+// Kernels know no semantics. For batch b, query head h, kv head g = h / (H / G), query i, key j,
+// phase f:
 //
 //   o     = k_pos[f, b, j] - q_pos[f, b, i]
 //   score = scale * (q_f[i] . k_f[j] + qr[i] . rel_key[clamp(o)] + kr[j] . rel_query[clamp(o)])
@@ -30,8 +31,8 @@ struct View {
 };
 
 // One direction of the block table. Row r of (b, h) has, for phase f, the full runs
-// entries[seg_ptr[2f] .. seg_ptr[2f+1]) as (first block, number of blocks), no mask at all, then the
-// tiled entries [seg_ptr[2f+1] .. seg_ptr[2f+2]) as (block, tile).
+// entries[seg_ptr[2f] .. seg_ptr[2f+1]) as (first block, number of blocks), no mask at all, then
+// the tiled entries [seg_ptr[2f+1] .. seg_ptr[2f+2]) as (block, tile).
 struct BlockTable {
   const int32_t* seg_ptr = nullptr;  // [Bt, Ht, n_rows, 2 P + 1], indices into entries
   const int32_t* entries = nullptr;  // [n_entries, 2]
@@ -46,10 +47,11 @@ struct BlockTable {
 
 // a learned table indexed by clamp(o): entry c is for offset min_offset + c
 struct OffsetTable {
-  const float* data = nullptr;            // null: the term is absent
-  int64_t phase_stride = 0;               // 0 when shared by all phases
-  int64_t head_stride = 0;                // 0 when shared by all heads
-  int64_t length = 0, min_offset = 0;     // L, lo; bias rows hold 1 float, rel_key and rel_query rows D
+  const float* data = nullptr;  // null: the term is absent
+  int64_t phase_stride = 0;     // 0 when shared by all phases
+  int64_t head_stride = 0;      // 0 when shared by all heads
+  int64_t length = 0,
+          min_offset = 0;  // L, lo; bias rows hold 1 float, rel_key and rel_query rows D
 };
 
 struct Problem {
@@ -61,58 +63,61 @@ struct Problem {
   int32_t n_q = 1, n_k = 1, n_v = 1;
   int32_t q_of[kMaxPhases] = {}, k_of[kMaxPhases] = {}, v_of[kMaxPhases] = {};
 
-  // Query i stands in row row_start + i of the table. The table may be larger than the problem: blocks
-  // at or beyond S (or outside the T query rows, in the transposed one) are skipped, and the last block
-  // is cut at S by the kernel, whatever its bits say.
+  // Query i stands in row row_start + i of the table. The table may be larger than the problem:
+  // blocks at or beyond S (or outside the T query rows, in the transposed one) are skipped, and the
+  // last block is cut at S by the kernel, whatever its bits say.
   int64_t row_start = 0;
-  BlockTable by_query;                      // rows are query blocks, entries name key blocks
-  BlockTable by_key;                        // rows are key blocks, entries name query blocks
-  const int32_t* mask_tiles = nullptr;      // [n_tiles, kBlock, kBlock / 32], bit j % 32 of word [i][j / 32]
-  const int32_t* key_bits = nullptr;        // [B, ceil(S / 32)] or null, anded into visibility
+  BlockTable by_query;  // rows are query blocks, entries name key blocks
+  BlockTable by_key;    // rows are key blocks, entries name query blocks
+  const int32_t* mask_tiles =
+      nullptr;  // [n_tiles, kBlock, kBlock / 32], bit j % 32 of word [i][j / 32]
+  const int32_t* key_bits = nullptr;  // [B, ceil(S / 32)] or null, anded into visibility
 
   // coordinates; null means k_pos = j and q_pos = row_start + i
-  const int32_t* q_pos = nullptr;           // [P or 1, B or 1, T]
-  const int32_t* k_pos = nullptr;           // [P or 1, B or 1, S]
+  const int32_t* q_pos = nullptr;  // [P or 1, B or 1, T]
+  const int32_t* k_pos = nullptr;  // [P or 1, B or 1, S]
   int64_t q_pos_phase_stride = 0, q_pos_batch_stride = 0;
   int64_t k_pos_phase_stride = 0, k_pos_batch_stride = 0;
 
   float scale = 1.0f;
-  float softcap = 0.0f;                     // 0: none
-  OffsetTable bias;                         // [P or 1, H or 1, L]
-  const float* slope = nullptr;             // [H] or null
-  OffsetTable rel_key, rel_query;           // [H or 1, L, D]
-  View qr;                                  // [B, H, T, D], dtype; used with rel_key
-  View kr;                                  // [B, G, S, D], dtype; used with rel_query
-  const float* sink = nullptr;              // [H] or null
+  float softcap = 0.0f;            // 0: none
+  OffsetTable bias;                // [P or 1, H or 1, L]
+  const float* slope = nullptr;    // [H] or null
+  OffsetTable rel_key, rel_query;  // [H or 1, L, D]
+  View qr;                         // [B, H, T, D], dtype; used with rel_key
+  View kr;                         // [B, G, S, D], dtype; used with rel_query
+  const float* sink = nullptr;     // [H] or null
 
   // Philox 4x32-10: key = (seed low, seed high), counter (j >> 2, i, h, b), word j & 3;
   // keep iff word >= floor(dropout * 2^32); kept values times 1 / (1 - dropout)
   float dropout = 0.0f;
   uint64_t seed = 0;
 
-  View out;                                 // [B, H, T, D], dtype
-  float* lse = nullptr;                     // [B, H, T], natural log
-  // [B, H, T], what rounding took from lse, so that the backward's p sums to one for large scores too;
-  // null where no backward follows, and scores may then be summed in any order
+  View out;              // [B, H, T, D], dtype
+  float* lse = nullptr;  // [B, H, T], natural log
+  // [B, H, T], what rounding took from lse, so that the backward's p sums to one for large scores
+  // too; null where no backward follows, and scores may then be summed in any order
   float* lse_rest = nullptr;
 };
 
-// Gradients. With delta_i = sum_d dout_i out_i - dlse_i:  ds_ij = p_ij (drop'(dout_i . v_j) - delta_i)
+// Gradients. With delta_i = sum_d dout_i out_i - dlse_i:  ds_ij = p_ij (drop'(dout_i . v_j) -
+// delta_i)
 struct Gradients {
-  View dout;                                // [B, H, T, D], dtype
-  const float* dlse = nullptr;              // [B, H, T] or null
+  View dout;                    // [B, H, T, D], dtype
+  const float* dlse = nullptr;  // [B, H, T] or null
   // written whole; one view per distinct tensor, as in Problem; dtype
   View dq[kMaxPhases], dk[kMaxPhases], dv[kMaxPhases];
   // float32, laid out as the tables themselves (contiguous); null: not wanted; written whole
-  float* dbias = nullptr;                   // [P or 1, H or 1, L]
-  float* dslope = nullptr;                  // [H]
-  float* drel_key = nullptr;                // [H or 1, L, D]
-  float* drel_query = nullptr;              // [H or 1, L, D]
-  float* dsink = nullptr;                   // [H]
-  View dqr, dkr;                            // as qr, kr; data null: not wanted
+  float* dbias = nullptr;       // [P or 1, H or 1, L]
+  float* dslope = nullptr;      // [H]
+  float* drel_key = nullptr;    // [H or 1, L, D]
+  float* drel_query = nullptr;  // [H or 1, L, D]
+  float* dsink = nullptr;       // [H]
+  View dqr, dkr;                // as qr, kr; data null: not wanted
 };
 
-// How kernels reach threads: run task(i, context) for i in [0, n), on up to n_threads threads at once.
+// How kernels reach threads: run task(i, context) for i in [0, n), on up to n_threads threads at
+// once.
 struct Parallel {
   int n_threads = 1;
   void (*run)(int64_t n, void (*task)(int64_t index, void* context), void* context) = nullptr;
