@@ -71,5 +71,5 @@ build/.built: .venv/.installed setup.py $(SOURCES)
 	@echo 'int main() {}' | $(CXX) -std=c++20 -fsyntax-only -x c++ - \
 		|| { echo 'lcattn needs a C++20 compiler: apt install g++, or name one with make CXX=...' >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install 'setuptools>=77' ninja torch==2.13.0 $(TORCH_INDEX)
+	$(PIP) install --retries 1 'setuptools>=77' ninja torch==2.13.0 $(TORCH_INDEX)
 	@touch $@
