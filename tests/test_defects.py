@@ -319,7 +319,7 @@ extension.poison_scratch(True)
 assert extension.cpu_isa() == "portable"
 broken = []
 for names, shape in json.loads(sys.argv[3]):
-    for draw in range(3):
+    for draw in range(12):
         case = cases.make(cases.Draw(int(sys.argv[2]) + draw), *names.split("-"), cases.Shape(**shape))
         # whether lse is differentiated is drawn too
         dlse = case.dout[..., 0] if case.dlse is None else case.dlse
