@@ -440,7 +440,7 @@ def reference_answer(
     table = prepared.leaves.get("table", inputs.table).detach().to(dtype).requires_grad_()
     position = prepared.position and prepared.position(table)
     asked = (prepared.answers, position, prepared.scale)
-    problem = make_problem(q, k, v, *asked, None, None, None, None, None, 0.0, "reference")
+    problem = make_problem(q, k, v, *asked, None, None, None, None, None, 0.0)
     with torch.no_grad():
         found = {"out": reference.attention(problem)[0]}
     grads = differentiate(problem, dout, None)

@@ -94,9 +94,8 @@ def attention_with_lse(
     lse_i = log(exp(sink) + sum_j exp(score_ij)), natural, differentiable; -inf for a row that sees nothing and has no
     sink. Parts computed over disjoint keys join with `merge`.
     """
-    problem = make_problem(
-        q, k, v, layout, position, scale, softcap, sink, key_mask, q_pos, k_pos, dropout, check_name(backend)
-    )
+    backend = check_name(backend)
+    problem = make_problem(q, k, v, layout, position, scale, softcap, sink, key_mask, q_pos, k_pos, dropout)
     return ops.attention(problem, backend)
 
 
@@ -141,10 +140,9 @@ def make_problem(
     q_pos: Tensor | None,
     k_pos: Tensor | None,
     dropout: float,
-    backend: str,
 ) -> Problem:
     """The `Problem` of a call, every argument checked."""
-    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v)
     B, H, T, D = q.shape
     S = k.shape[2]
@@ -203,14 +201,16 @@ def _on_device(name: str, table: Tensor | None, q: Tensor) -> Tensor | None:
     return table
 
 
-def _autocast(tensor: Tensor) -> Tensor:
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What torch's own attention does inside `torch.autocast`: float32 goes to the region's dtype."""
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    narrow = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(narrow) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

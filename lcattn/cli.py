@@ -124,7 +124,7 @@ def _backends() -> tuple[bool, bool]:
                 table_dtype = torch.promote_types(dtype, torch.float32)
                 bias = RelativeBias(torch.randn(2, 64, dtype=table_dtype, device=device), -63)
                 layout = from_spec("Chunked(64) & Causal()")
-                problem = api.make_problem(q, k, v, layout, bias, None, None, None, None, None, None, 0.0, name)
+                problem = api.make_problem(q, k, v, layout, bias, None, None, None, None, None, None, 0.0)
                 verdict = backend.reject_reason(problem)
                 if verdict is None:
                     wrong = [str(c) for c in tolerance.verify(problem, name, dout) if not c.ok]

@@ -45,12 +45,12 @@ class CpuBackend:
             return f"the position has {len(problem.phase_map)} phases, at most {_MAX_PHASES}"
         return None
 
-    def forward(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:
         table, inputs = _inputs(problem)
         q = problem.q[0]
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=torch.float32)
-        rest = torch.empty_like(lse) if problem.differentiable else None
+        rest = torch.empty_like(lse) if differentiable else None
         torch.ops.lcattn.cpu_forward(*inputs[:4], table.seg_ptr, table.entries, *inputs[4:], out, lse, rest)
         return out, lse, lse.new_empty(0) if rest is None else rest
 

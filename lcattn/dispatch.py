@@ -27,8 +27,11 @@ class Backend(Protocol):
         """Why this backend cannot compute the problem here, or None if it can."""
         ...
 
-    def forward(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-        """out [B, H, T, D], lse [B, H, T], and for the backward what rounding took from lse (else empty)."""
+    def forward(self, problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """out [B, H, T, D], lse [B, H, T], and for the backward what rounding took from lse (else empty).
+
+        Where no backward may follow, a kernel may sum scores in another order.
+        """
         ...
 
     def backward(
@@ -51,10 +54,10 @@ class _Reference:
     def reject_reason(self, problem: Problem) -> str | None:
         return None
 
-    def forward(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:
         out, lse = reference.attention(problem)
         lse = lse.contiguous()
-        rest = torch.zeros_like(lse) if problem.differentiable else lse.new_empty(0)
+        rest = torch.zeros_like(lse) if differentiable else lse.new_empty(0)
         return _strided_like(problem.q[0], out), lse, rest
 
     def backward(
@@ -99,9 +102,8 @@ def check_name(name: str) -> str:
     return name
 
 
-def select(problem: Problem, name: str = "auto") -> Backend:
-    """The backend that computes a problem; RuntimeError with every reason if none can, never a silent fallback."""
-    name = check_name(name)
+def select(problem: Problem, name: str) -> Backend:
+    """The backend of a checked name for a problem; RuntimeError with every reason if none can, never a fallback."""
     candidates = AUTOMATIC if name == "auto" else (BACKENDS[name],)
     reasons = []
     for backend in candidates:

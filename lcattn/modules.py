@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import ops, reference
 from .api import attention, make_problem, merge
+from .dispatch import check_name
 from .layout import Blocks, Causal, Chunked, Full, Global, Layout
 from .position import Position, RelativeBias, Terms
 from .position import lower as lower_positions
@@ -543,9 +544,9 @@ def _attend(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out, lse, and if needed the weights [B, H, T, S] that made out; q, k and v [B, H, T or S, D]."""
-    problem = make_problem(q, k, v, layout, position, None, None, None, key_mask, None, None, dropout, "auto")
+    problem = make_problem(q, k, v, layout, position, None, None, None, key_mask, None, None, dropout)
     if not need_weights:
-        return *ops.attention(problem, "auto"), None
+        return *ops.attention(problem, check_name("auto")), None
     phases, lse = reference.weights(problem)
     if problem.seed is not None:
         B, H, _, T, S, _ = problem.sizes

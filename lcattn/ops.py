@@ -7,7 +7,7 @@ implementation, so that a tracer sees one constant and never a table of data-dep
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,8 +36,29 @@ torch.library.define(
 
 def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """out and lse of a problem, differentiable, on the named backend."""
-    out, lse, _ = torch.ops.lcattn.attention(*arguments(problem, backend))
+    if _is_plain_inference(problem):
+        # in decoding the operator would cost a good part of the kernel's own time
+        out, lse, _ = dispatch.select(problem, backend).forward(problem, differentiable=False)
+    else:
+        out, lse, _ = torch.ops.lcattn.attention(*arguments(problem, backend))
     return out, lse
+
+
+def _is_differentiable(problem: Problem) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in problem.differentiables())
+
+
+def _is_plain_inference(problem: Problem) -> bool:
+    """Whether nothing watches the call: no autograd, compiler, tracer, transform or mode, and no tensor subclass."""
+    return not (
+        torch.compiler.is_compiling()
+        or _is_differentiable(problem)
+        or torch._C._get_tracing_state()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack()
+        or torch.autograd.forward_ad._current_level >= 0
+        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in problem.differentiables())
+    )
 
 
 def arguments(problem: Problem, backend: str) -> tuple[Any, ...]:
@@ -51,15 +72,10 @@ def arguments(problem: Problem, backend: str) -> tuple[Any, ...]:
         "layout": ";".join([part.spec for part in parts]),
         "layout_tensors": [t for part in parts for t in part.tensors],
         "phase_map": [at for phase in problem.phase_map for at in phase],
+        "differentiable": _is_differentiable(problem),
         "backend": backend,
     }
-    values["differentiable"] = torch.is_grad_enabled() and any(t.requires_grad for t in _differentiables(problem))
     return tuple(values.values())
-
-
-def _differentiables(problem: Problem) -> Iterator[Tensor]:
-    yield from (*problem.q, *problem.k, *problem.v)
-    yield from (t for name in TERMS if (t := getattr(problem, name)) is not None)
 
 
 def _layouts(specs: str, tensors: Sequence[Tensor]) -> tuple[Layout, ...]:
@@ -82,7 +98,7 @@ def _problem(inputs: Sequence[Any]) -> Problem:
     values = dict(zip(_NAMES, inputs, strict=True))
     layout, *phases = _layouts(values.pop("layout"), values.pop("layout_tensors"))
     flat = values.pop("phase_map")
-    del values["backend"]
+    del values["differentiable"], values["backend"]
     for name in ("q", "k", "v"):
         values[name] = tuple(values[name])
     phase_map = tuple(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
@@ -97,7 +113,7 @@ def _problem(inputs: Sequence[Any]) -> Problem:
 @torch.library.impl("lcattn::attention", "default")
 def _attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem = _problem(inputs)
-    return dispatch.select(problem, inputs[-1]).forward(problem)
+    return dispatch.select(problem, inputs[-1]).forward(problem, inputs[_NAMES.index("differentiable")])
 
 
 @torch.library.register_fake("lcattn::attention")

@@ -12,6 +12,7 @@ For batch b, query head h, kv head g = h // (H / G), query i, key j, phase f:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,6 @@ class Problem:
         key_mask: [B or 1, S] bool, False hides a key.
         bias: [P or 1, H or 1, L]; slope: [H]; rel_key, rel_query: [H or 1, L, D]; entry c is for offset min + c.
         qr: [B, H, T, D], with rel_key; kr: [B, G, S, D], with rel_query; sink: [H].
-        differentiable: whether a backward may follow; without one, kernels may sum scores in another order.
         scale; softcap, 0 for none; dropout in [0, 1); seed: int64 [1], with dropout.
     """
 
@@ -61,7 +61,6 @@ class Problem:
     qr: Tensor | None = None
     kr: Tensor | None = None
     sink: Tensor | None = None
-    differentiable: bool = True
     scale: float = 1.0
     softcap: float = 0.0
     dropout: float = 0.0
@@ -72,6 +71,11 @@ class Problem:
         """B, H, G, T, S, D."""
         B, H, T, D = self.q[0].shape
         return B, H, self.k[0].shape[1], T, self.k[0].shape[2], D
+
+    def differentiables(self) -> Iterator[Tensor]:
+        """Every tensor that has a gradient."""
+        yield from (*self.q, *self.k, *self.v)
+        yield from (t for name in TERMS if (t := getattr(self, name)) is not None)
 
     def offset_coordinates(self) -> tuple[Tensor, Tensor]:
         """Coordinates of the offset, [P or 1, B or 1, T] and [P or 1, B or 1, S] int64, defaults filled in."""

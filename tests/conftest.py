@@ -1,20 +1,35 @@
-"""Shared fixtures: a fresh, printed seed for each run, and poisoned memory for kernels under test."""
+"""Shared fixtures: a printed seed, fresh with each commit, and poisoned memory for kernels under test."""
 
 import os
 import secrets
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-SEED = int(os.environ.get("LCATTN_TEST_SEED", secrets.randbelow(2**31)))
+
+def _seed() -> int:
+    """LCATTN_TEST_SEED, or else one drawn from the commit, so that running a commit again finds the same."""
+    if given := os.environ.get("LCATTN_TEST_SEED"):
+        return int(given)
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return secrets.randbelow(2**31)
+    return int(commit[:8], 16) % 2**31
+
+
+SEED = _seed()
 
 
 def pytest_report_header() -> str:
     return f"lcattn: LCATTN_TEST_SEED={SEED} repeats this run's random inputs"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def seed() -> int:
     """The seed of this run."""
     torch.manual_seed(SEED)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
 import lcattn
@@ -25,9 +27,6 @@ LENGTHS = (37, 72, 100, 129, 192)
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
-    seed = torch.seed() % 2**31
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
     torch._dynamo.reset()
 
 
@@ -46,7 +45,7 @@ def problem(layout: Layout = CAUSAL, *, T: int = 40, S: int | None = None, G: in
     names = ("position", "scale", "softcap", "sink", "key_mask", "q_pos", "k_pos", "dropout")
     values = [call.pop(name, 0.0 if name == "dropout" else None) for name in names]
     assert not call
-    return make_problem(*draw(T, G, S, dtype), layout, *values, "auto")
+    return make_problem(*draw(T, G, S, dtype), layout, *values)
 
 
 def documents() -> Layout:
@@ -88,10 +87,11 @@ def with_gradients(p: Problem) -> Problem:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_opcheck(name: str, backend: str) -> None:
     p = with_gradients(PROBLEMS[name]())
+    backend = dispatch.check_name(backend)
     inputs = ops.arguments(p, backend)
     out, *rest = torch.ops.lcattn.attention(*inputs)
     torch.library.opcheck(torch.ops.lcattn.attention.default, inputs)
-    if dispatch.check_name(backend) == "reference":
+    if backend == "reference":
         # its backward is autograd, which the modes that opcheck runs an operator under switch off below it
         return
     wanted = [getattr(p, term) is not None and getattr(p, term).requires_grad for term in TERMS]
@@ -103,6 +103,19 @@ def test_opcheck(name: str, backend: str) -> None:
         (*detached, *saved, *incoming, wanted),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_modes_see_the_operator(differentiable: bool) -> None:
+    """A tracer records the operator, and a fake tensor stays fake, in inference too."""
+    q = torch.randn(1, 2, 5, 16, requires_grad=differentiable)
+
+    def call(q: Tensor) -> Tensor:
+        return lcattn.attention(q, q, q, layout=CAUSAL)
+
+    assert any("lcattn.attention" in str(node.target) for node in make_fx(call)(q).graph.nodes)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(call(q), FakeTensor)
 
 
 def run(
