@@ -1,0 +1,93 @@
+"""What every position is: the terms it lowers to, how several join, and the checks they share.
+
+A position is anything with `lower(q, k, v, q_pos, k_pos) -> Terms`; several are given as a sequence, and each term may
+then come from one of them only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..layout import Layout
+from ..problem import PhaseMap
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The part of a `Problem` that positions decide; fields as there. Itself a position, which lowers to itself."""
+
+    q: tuple[Tensor, ...] | None = None
+    k: tuple[Tensor, ...] | None = None
+    v: tuple[Tensor, ...] | None = None
+    phases: tuple[Layout, ...] = ()
+    phase_map: PhaseMap = ((0, 0, 0),)
+    offset_q_pos: Tensor | None = None
+    offset_k_pos: Tensor | None = None
+    bias: Tensor | None = None
+    bias_min: int = 0
+    slope: Tensor | None = None
+    rel_key: Tensor | None = None
+    rel_key_min: int = 0
+    rel_query: Tensor | None = None
+    rel_query_min: int = 0
+    qr: Tensor | None = None
+    kr: Tensor | None = None
+
+    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
+        return self
+
+
+# read here, since a tracer can't ask a class for its fields
+_DEFAULTS = tuple((field.name, field.default) for field in dataclasses.fields(Terms))
+
+
+class Position(Protocol):
+    """What `attention(position=...)` takes."""
+
+    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
+        """Terms for q [B, H, T, D], k and v [B, G, S, D] at coordinates q_pos [B or 1, T], k_pos [B or 1, S]."""
+        ...
+
+
+def lower(
+    position: Position | Sequence[Position] | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+) -> Terms:
+    """The joined terms of a position, of several, or of none."""
+    if position is None:
+        return Terms()
+    if not isinstance(position, (list, tuple)):
+        if not hasattr(position, "lower"):
+            raise TypeError(f"position must be a position such as RelativeBias(...), got {type(position).__name__}")
+        return position.lower(q, k, v, q_pos, k_pos)  # type: ignore[union-attr]
+    joined: dict[str, Any] = {}
+    for part in position:
+        terms = lower(part, q, k, v, q_pos, k_pos)
+        for name, default in _DEFAULTS:
+            value = getattr(terms, name)
+            if value is default or (name == "phase_map" and value == default):
+                continue
+            if name in joined:
+                raise ValueError(f"position: two positions both give the term {name!r}")
+            joined[name] = value
+    return Terms(**joined)
+
+
+def check_table(owner: str, name: str, table: Any, dims: str) -> None:
+    if not isinstance(table, Tensor) or table.dim() != dims.count(",") + 1 or not table.is_floating_point():
+        what = f"{tuple(table.shape)} {table.dtype}" if isinstance(table, Tensor) else type(table).__name__
+        raise ValueError(f"{owner}: {name} must be a {dims} floating-point tensor, got {what}")
+
+
+def check_heads(owner: str, name: str, heads: int, q: Tensor) -> None:
+    if heads not in (1, q.shape[1]):
+        raise ValueError(f"{owner}: {name} must have {q.shape[1]} heads (or 1), got {heads}")
