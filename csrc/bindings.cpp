@@ -3,7 +3,7 @@
 //
 // The operators go through LibTorch's stable ABI, so one build serves many torch versions; pybind11
 // carries lcattn._C: build info, the instruction set, test hooks. That entries of the block table
-// are in range is trusted.
+// and of turn_at are in range is trusted.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
@@ -174,7 +174,7 @@ struct Inputs {
   MaybeTensor seg_ptr_t, entries_t;
   Tensor mask_tiles;
   int64_t row_start;
-  MaybeTensor key_bits, q_pos, k_pos;
+  MaybeTensor key_bits, q_pos, k_pos, turn_table, turn_at;
   double scale, softcap;
   MaybeTensor bias;
   int64_t bias_min;
@@ -202,6 +202,8 @@ Inputs take_inputs(Arguments& args, bool transposed) {
       .key_bits = args.take<MaybeTensor>(),
       .q_pos = args.take<MaybeTensor>(),
       .k_pos = args.take<MaybeTensor>(),
+      .turn_table = args.take<MaybeTensor>(),
+      .turn_at = args.take<MaybeTensor>(),
       .scale = args.take<double>(),
       .softcap = args.take<double>(),
       .bias = args.take<MaybeTensor>(),
@@ -317,6 +319,22 @@ Problem make_problem(const Inputs& in, const Tensor& out, const Tensor& lse,
   p.q_pos = positions(in.q_pos, "q_pos", p, p.T, &p.q_pos_phase_stride, &p.q_pos_batch_stride);
   p.k_pos = positions(in.k_pos, "k_pos", p, p.S, &p.k_pos_phase_stride, &p.k_pos_batch_stride);
 
+  require(in.turn_table.has_value() == in.turn_at.has_value(),
+          "turn_table and turn_at must be given together");
+  if (in.turn_table) {
+    const Tensor& table =
+        expect(*in.turn_table, "turn_table", ScalarType::Float, {kAny, kAny}, true);
+    const Tensor& at =
+        expect(*in.turn_at, "turn_at", ScalarType::Int, {{p.n_k}, or_one(p.B), {p.S}}, false);
+    require(table.size(1) % 2 == 0 && table.size(1) <= p.D,
+            "turn_table must have an even width of ", "at most ", p.D, "; got ", table.size(1));
+    require(p.S == 1 || at.stride(2) == 1, "turn_at must be contiguous in its last dimension");
+    p.turn_table = data<float>(table);
+    p.turn_pairs = table.size(1) / 2;
+    p.turn_batch_stride = at.size(1) == 1 ? 0 : at.stride(1);
+    for (int i = 0; i < p.n_k; ++i) p.turn_at[i] = data<int32_t>(at) + i * at.stride(0);
+  }
+
   p.scale = static_cast<float>(in.scale);
   p.softcap = static_cast<float>(in.softcap);
   if (in.bias) {
@@ -357,7 +375,8 @@ Problem make_problem(const Inputs& in, const Tensor& out, const Tensor& lse,
 constexpr const char* kForwardSchema =
     "cpu_forward(Tensor[] q, Tensor[] k, Tensor[] v, int[] phase_map, Tensor seg_ptr, Tensor "
     "entries, "
-    "Tensor mask_tiles, int row_start, Tensor? key_bits, Tensor? q_pos, Tensor? k_pos, float "
+    "Tensor mask_tiles, int row_start, Tensor? key_bits, Tensor? q_pos, Tensor? k_pos, "
+    "Tensor? turn_table, Tensor? turn_at, float "
     "scale, "
     "float softcap, Tensor? bias, int bias_min, Tensor? slope, Tensor? rel_key, int rel_key_min, "
     "Tensor? rel_query, int rel_query_min, Tensor? qr, Tensor? kr, Tensor? sink, float dropout, "
@@ -369,7 +388,9 @@ void cpu_forward(StableIValue* stack, uint64_t, uint64_t) {
   const Inputs in = take_inputs(args, false);
   const Tensor out = args.take<Tensor>(), lse = args.take<Tensor>();
   const MaybeTensor lse_rest = args.take<MaybeTensor>();
-  selected.load()->forward(make_problem(in, out, lse, lse_rest), torch_threads());
+  const Problem p = make_problem(in, out, lse, lse_rest);
+  require(!p.turn_table || cpu::decodes(p), "keys are turned for few queries and inference only");
+  selected.load()->forward(p, torch_threads());
 }
 
 constexpr const char* kBackwardSchema =
@@ -377,7 +398,8 @@ constexpr const char* kBackwardSchema =
     "entries, "
     "Tensor seg_ptr_t, Tensor entries_t, Tensor mask_tiles, int row_start, Tensor? key_bits, "
     "Tensor? q_pos, "
-    "Tensor? k_pos, float scale, float softcap, Tensor? bias, int bias_min, Tensor? slope, Tensor? "
+    "Tensor? k_pos, Tensor? turn_table, Tensor? turn_at, float scale, float softcap, Tensor? bias, "
+    "int bias_min, Tensor? slope, Tensor? "
     "rel_key, "
     "int rel_key_min, Tensor? rel_query, int rel_query_min, Tensor? qr, Tensor? kr, Tensor? sink, "
     "float dropout, int seed, Tensor out, Tensor lse, Tensor lse_rest, Tensor dout, Tensor? dlse, "
@@ -400,6 +422,7 @@ void cpu_backward(StableIValue* stack, uint64_t, uint64_t) {
   const MaybeTensor dsink = args.take<MaybeTensor>();
 
   const Problem p = make_problem(in, out, lse, lse_rest);
+  require(!p.turn_table, "keys must be turned already");
   const ScalarType dtype = in.q[0].scalar_type();
   Gradients g;
   g.dout = input_view(dout, "dout", dtype, p.B, p.H, p.T, p.D);

@@ -17,7 +17,7 @@ from .layout import (
     Random,
     Window,
 )
-from .position import Alibi, RelativeBias, Rotary, T5Bias
+from .position import Alibi, DualChunk, RelativeBias, ReRoPE, Rotary, SelfExtend, T5Bias
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "Chunked",
     "Dilated",
     "Documents",
+    "DualChunk",
     "FromBlockMask",
     "FromMaskMod",
     "Full",
@@ -35,8 +36,10 @@ __all__ = [
     "Layout",
     "PerHead",
     "Random",
+    "ReRoPE",
     "RelativeBias",
     "Rotary",
+    "SelfExtend",
     "T5Bias",
     "Window",
     "attention",

@@ -177,6 +177,8 @@ def make_problem(
         k_pos=k_pos,
         offset_q_pos=terms.offset_q_pos,
         offset_k_pos=terms.offset_k_pos,
+        turn_table=terms.turn_table,
+        turn_at=terms.turn_at,
         key_mask=key_mask,
         bias=_on_device("bias", terms.bias, q),
         bias_min=terms.bias_min,

@@ -141,6 +141,12 @@ def _disentangled(draw: Draw, s: Shape, q: Tensor, k: Tensor, v: Tensor) -> Term
     return dataclasses.replace(keys, rel_query=table, rel_query_min=-draw.integer(0, length))
 
 
+def _dual_chunk(draw: Draw, s: Shape, q: Tensor, k: Tensor, v: Tensor) -> positions.Position | None:
+    chunk = draw.integer(5, 120)
+    two_sided = bool(draw.integer(0, 1))
+    return positions.DualChunk(chunk, draw.integer(1, chunk), two_sided=two_sided) if s.D % 2 == 0 else None
+
+
 def _phases(draw: Draw, s: Shape, q: Tensor, k: Tensor, v: Tensor) -> Terms:
     near = layouts.Window(draw.integer(0, 40), draw.integer(0, 40))
     far_q = draw.normal(*q.shape, dtype=q.dtype, std=SCORE_STD**0.5)
@@ -182,6 +188,18 @@ POSITIONS: dict[str, Callable[[Draw, Shape, Tensor, Tensor, Tensor], positions.P
     "t5": lambda draw, s, q, k, v: positions.T5Bias(_table(draw, s, 32, s.H), bool(draw.integer(0, 1)), 40),
     "alibi": lambda draw, s, q, k, v: positions.Alibi(draw.uniform(s.H) * 0.3),
     "rotary": lambda draw, s, q, k, v: positions.Rotary() if s.D % 2 == 0 else None,
+    "partial_rotary": lambda draw, s, q, k, v: (
+        positions.Rotary(rope_parameters={"rope_theta": 500.0, "partial_rotary_factor": 0.5}) if s.D % 4 == 0 else None
+    ),
+    "dual_chunk": _dual_chunk,
+    "self_extend": lambda draw, s, q, k, v: (
+        positions.SelfExtend(draw.integer(1, 9), draw.integer(1, 90), two_sided=bool(draw.integer(0, 1)))
+        if s.D % 2 == 0
+        else None
+    ),
+    "rerope": lambda draw, s, q, k, v: (
+        positions.ReRoPE(draw.integer(1, 90), two_sided=bool(draw.integer(0, 1))) if s.D % 2 == 0 else None
+    ),
     "bias_alibi": lambda draw, s, q, k, v: (
         positions.RelativeBias(_table(draw, s, s.H, 64), -32),
         positions.Alibi(draw.uniform(s.H) * 0.3),

@@ -19,7 +19,9 @@ except ImportError as error:  # a source tree whose extension was not built
     _MISSING = f"the C++ extension is not built ({error}); run `pip install .`"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_HEAD_DIM, _MAX_PHASES = 256, 4
+_MAX_HEAD_DIM, _MAX_PHASES = 256, 5
+# kDecodeRows of csrc/cpu/kernels.h: up to so many rows of queries a kv head the kernel turns keys as it reads them
+_DECODE_ROWS = 16
 
 
 class CpuBackend:
@@ -46,8 +48,10 @@ class CpuBackend:
         return None
 
     def forward(self, problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:
-        table, inputs = _inputs(problem)
         q = problem.q[0]
+        if differentiable or q.shape[2] * (q.shape[1] // problem.k[0].shape[1]) > _DECODE_ROWS:
+            problem = problem.turned()
+        table, inputs = _inputs(problem)
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=torch.float32)
         rest = torch.empty_like(lse) if differentiable else None
@@ -64,7 +68,7 @@ class CpuBackend:
         dlse: Tensor | None,
         wanted: frozenset[str],
     ) -> Gradients:
-        table, inputs = _inputs(problem)
+        table, inputs = _inputs(problem.turned())
         grads: dict[str, Any] = {n: [torch.empty_like(t) for t in getattr(problem, n)] for n in ("q", "k", "v")}
         terms: dict[str, Any] = dict.fromkeys(TERMS)
         for name in wanted:
@@ -85,6 +89,8 @@ class CpuBackend:
             *grads.values(),
             *terms.values(),
         )
+        if problem.turn_table is not None:
+            grads["k"] = problem.turn_keys(tuple(grads["k"]), -1)
         return Gradients(**terms | {n: tuple(g) for n, g in grads.items()})
 
 
@@ -113,6 +119,8 @@ def _inputs(problem: Problem) -> tuple[BlockTable, list[Any]]:
         None if problem.key_mask is None else pack_bits(problem.key_mask.expand(B, S)),
         q_pos,
         k_pos,
+        _table(problem.turn_table),
+        None if problem.turn_at is None else problem.turn_at.int(),
         problem.scale,
         problem.softcap,
         _table(problem.bias),

@@ -20,7 +20,8 @@ from .problem import TERMS, Problem
 _INPUTS = (
     "Tensor[] q, Tensor[] k, Tensor[] v, Tensor? bias, Tensor? slope, Tensor? rel_key, Tensor? rel_query,"
     " Tensor? qr, Tensor? kr, Tensor? sink, Tensor? key_mask, Tensor? q_pos, Tensor? k_pos, Tensor? offset_q_pos,"
-    " Tensor? offset_k_pos, Tensor? seed, Tensor[] layout_tensors, str layout, int[] phase_map, int bias_min,"
+    " Tensor? offset_k_pos, Tensor? turn_table, Tensor? turn_at, Tensor? seed, Tensor[] layout_tensors, str layout,"
+    " int[] phase_map, int bias_min,"
     " int rel_key_min, int rel_query_min, float scale, float softcap, float dropout, bool differentiable, str backend"
 )
 _NAMES = tuple(part.split()[1] for part in _INPUTS.split(", "))

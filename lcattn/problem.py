@@ -12,6 +12,7 @@ For batch b, query head h, kv head g = h // (H / G), query i, key j, phase f:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,12 @@ from torch import Tensor
 from .layout import Layout
 
 PhaseMap = tuple[tuple[int, int, int], ...]
+
+
+def turn_by(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, heads, n, D] whose first R features turn, in halves, by cos and sin [B or 1, 1, n, R / 2]."""
+    a, b = x[..., : 2 * cos.shape[-1]].chunk(2, dim=3)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., 2 * cos.shape[-1] :]], 3).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,9 @@ class Problem:
         q_pos, k_pos: [B or 1, T] and [B or 1, S] int coordinates of visibility; None means S - T + i and j.
         offset_q_pos, offset_k_pos: [P or 1, B or 1, T] and [..., S] int coordinates of the offset o where it is not
             k_pos - q_pos; both or neither.
+        turn_table, turn_at: [n, R] float, cos then sin of coordinates 0 to n - 1, and for each tensor in k the rows of
+            it, [len(k), B or 1, S] int, that its first R features are still to be turned by, in halves; -1 leaves a
+            key as it is. Both or neither.
         key_mask: [B or 1, S] bool, False hides a key.
         bias: [P or 1, H or 1, L]; slope: [H]; rel_key, rel_query: [H or 1, L, D]; entry c is for offset min + c.
         qr: [B, H, T, D], with rel_key; kr: [B, G, S, D], with rel_query; sink: [H].
@@ -50,6 +60,8 @@ class Problem:
     k_pos: Tensor | None = None
     offset_q_pos: Tensor | None = None
     offset_k_pos: Tensor | None = None
+    turn_table: Tensor | None = None
+    turn_at: Tensor | None = None
     key_mask: Tensor | None = None
     bias: Tensor | None = None
     bias_min: int = 0
@@ -76,6 +88,23 @@ class Problem:
         """Every tensor that has a gradient."""
         yield from (*self.q, *self.k, *self.v)
         yield from (t for name in TERMS if (t := getattr(self, name)) is not None)
+
+    def turned(self) -> Problem:
+        """The same problem with every key turned."""
+        if self.turn_table is None:
+            return self
+        return dataclasses.replace(self, k=self.turn_keys(self.k, 1), turn_table=None, turn_at=None)
+
+    def turn_keys(self, keys: tuple[Tensor, ...], direction: int) -> tuple[Tensor, ...]:
+        """Tensors that stand in for k turned by what is due, or back by it if direction is -1."""
+        assert self.turn_table is not None and self.turn_at is not None
+        cos, sin = self.turn_table.to(torch.promote_types(keys[0].dtype, torch.float32)).chunk(2, dim=1)
+        result = []
+        for k, at in zip(keys, self.turn_at.long(), strict=True):
+            rows = at.clamp(min=0)[:, None]
+            there = turn_by(k, cos[rows], direction * sin[rows])
+            result.append(torch.where(at[:, None, :, None] < 0, k, there))
+        return tuple(result)
 
     def offset_coordinates(self) -> tuple[Tensor, Tensor]:
         """Coordinates of the offset, [P or 1, B or 1, T] and [P or 1, B or 1, S] int64, defaults filled in."""

@@ -78,6 +78,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def scores(problem: Problem) -> list[Tensor]:
     """Scores of each phase before masking, [B, H, T, S]."""
+    problem = problem.turned()
     B, H, G, T, S, _ = problem.sizes
     q_pos, k_pos = problem.offset_coordinates()
     offset = k_pos[:, :, None, None, :] - q_pos[:, :, None, :, None]
@@ -133,8 +134,15 @@ def weights(problem: Problem) -> tuple[list[Tensor], Tensor]:
     return list(p.split(S, 3)), lse
 
 
-def attention(problem: Problem) -> tuple[Tensor, Tensor]:
-    """out [B, H, T, D] and lse [B, H, T] of a problem; memory O(B H T S)."""
+# keys a tile, on every backend
+_BLOCK = 64
+
+
+def attention(problem: Problem, block: int | None = None) -> tuple[Tensor, Tensor]:
+    """out [B, H, T, D] and lse [B, H, T] of a problem; memory O(B H T S).
+
+    `block` sums values one block of so many keys after the other, in the dtype of the inputs, as tiled kernels do.
+    """
     B, H, G, T, S, _ = problem.sizes
     phases, lse = weights(problem)
     if problem.dropout:
@@ -143,7 +151,9 @@ def attention(problem: Problem) -> tuple[Tensor, Tensor]:
         phases = [p * keep / (1 - problem.dropout) for p in phases]
     out = torch.zeros_like(problem.q[0])
     for p, (_, _, v_at) in zip(phases, problem.phase_map, strict=True):
-        out = out + p @ problem.v[v_at].repeat_interleave(H // G, dim=1)
+        values = problem.v[v_at].repeat_interleave(H // G, dim=1)
+        for weight, value in zip(p.split(block or S, 3), values.split(block or S, 2), strict=True):
+            out = out + weight @ value
     return out, lse
 
 
@@ -168,13 +178,14 @@ def recomputed_gradients(
     delta_i = sum_d dout_i out_i - dlse_i;  ds_ij = p_ij (drop'(dout_i . v_j) - delta_i);  dsink = -sum p_sink delta.
 
     In a narrow dtype they round where any such kernel must: out once, and both sides of the difference in ds, which
-    cancel where a row sees one key. `rounding` draws which way out rounds; None takes it as it comes.
+    cancel where a row sees one key. `rounding` draws which way out rounds, after a sum by blocks; None takes it as it
+    comes.
 
     Source: Dao 2023 (FlashAttention-2), algorithm 2.
     """
     B, H, G, T, S, _ = problem.sizes
     with torch.no_grad():
-        out, lse = attention(problem)
+        out, lse = attention(problem, None if rounding is None else _BLOCK)
         phases, _ = weights(problem)
         if rounding is not None:
             half = torch.finfo(out.dtype).eps / 2

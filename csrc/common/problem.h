@@ -19,7 +19,7 @@ namespace lcattn {
 
 // rows and columns of a block of the table, on every backend that uses this header
 constexpr int kBlock = 64;
-constexpr int kMaxPhases = 4;
+constexpr int kMaxPhases = 5;
 constexpr int kMaxHeadDim = 256;
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -78,6 +78,14 @@ struct Problem {
   const int32_t* k_pos = nullptr;  // [P or 1, B or 1, S]
   int64_t q_pos_phase_stride = 0, q_pos_batch_stride = 0;
   int64_t k_pos_phase_stride = 0, k_pos_batch_stride = 0;
+
+  // Keys still to be turned (rotary positions), where decoding reads them; elsewhere they must have
+  // been. The row of the table for key j of tensor k[n], or -1: turn_at[n][b * turn_batch_stride +
+  // j].
+  const float* turn_table = nullptr;  // [n_turns, 2 turn_pairs], cos then sin; null: none
+  int64_t turn_pairs = 0;             // feature d turns with feature d + turn_pairs
+  const int32_t* turn_at[kMaxPhases] = {};
+  int64_t turn_batch_stride = 0;
 
   float scale = 1.0f;
   float softcap = 0.0f;            // 0: none

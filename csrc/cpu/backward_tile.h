@@ -162,7 +162,7 @@ __attribute__((noinline)) void score_gradients(Rows dout, const float* packed_v,
 inline void plain_product(Rows a, const float* packed, int64_t dim, int64_t rows,
                           const Visibility& visible, float* tile) {
   square_product<true>(a, packed, dim, rows, visible, tile, StartAtZero{},
-                       Memory{tile, kBlock}.finish());
+                       Memory{tile, kBlock}.set());
 }
 
 LCATTN_INLINE AlongDepth skip_depth(AlongDepth a, int64_t depth) {
@@ -179,7 +179,7 @@ LCATTN_INLINE void accumulate_vectors(A a, Rows b, int64_t rows, int64_t vector,
     const int64_t count = rows - row < kTileRows ? rows - row : kTileRows;
     const Extent depth = extents[strip];
     register_tile_column<C>(skip_depth(a, depth.first), b.from(depth.first),
-                            depth.end - depth.first, row, count, vector, sum.start(), sum.finish());
+                            depth.end - depth.first, row, count, vector, StartAtZero{}, sum.add());
   }
 }
 

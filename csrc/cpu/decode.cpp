@@ -90,7 +90,8 @@ class DecodeTile {
     if (any == 0) return;
 
     pack_queries(phase);
-    const Source keys = source(p_.k[p_.k_of[phase]], key, n_k, key_rows_);
+    const Source keys = p_.turn_table ? turned_keys(p_.k_of[phase], key, n_k)
+                                      : source(p_.k[p_.k_of[phase]], key, n_k, key_rows_);
     over_rows(keys.dtype, [&](auto type, auto rows, int64_t row) {
       dots<type.value, rows.value>(keys, n_k, row);
     });
@@ -177,7 +178,7 @@ class DecodeTile {
     const Memory out = {out_ + row * stride_ + d, stride_};
     const float* p = scores_ + row * kBlock;
     Acc<kRows, kVectors> acc;
-    out.start()(acc, 0, 0);
+    StartAtZero{}(acc, 0, 0);
     for (int64_t k = 0; k < n_k; ++k) {
       Vec value[kVectors];
 #pragma GCC unroll 4
@@ -192,7 +193,7 @@ class DecodeTile {
         for (int c = 0; c < kVectors; ++c) acc.at[r][c] = fma(weight, value[c], acc.at[r][c]);
       }
     }
-    out.finish()(acc, 0, 0);
+    out.add()(acc, 0, 0);
   }
 
   // step(type, rows, first row), with type and rows as constants, over all rows
@@ -222,6 +223,30 @@ class DecodeTile {
     }
     copy_rows(view, p_.dtype, unit_->b, unit_->g, key, n_k, p_.D, 1.0f, tile);
     return {reinterpret_cast<const char*>(tile), stride_ * 4, DType::kFloat32};
+  }
+
+  // keys turned by the rows of the table that are theirs
+  Source turned_keys(int which, int64_t key, int64_t n_k) const {
+    copy_rows(p_.k[which], p_.dtype, unit_->b, unit_->g, key, n_k, p_.D, 1.0f, key_rows_);
+    const int32_t* at = p_.turn_at[which] + unit_->b * p_.turn_batch_stride + key;
+    const int64_t pairs = p_.turn_pairs, whole = pairs / kWidth * kWidth;
+    for (int64_t r = 0; r < n_k; ++r) {
+      if (at[r] < 0) continue;
+      const float* cosine = p_.turn_table + at[r] * 2 * pairs;
+      const float* sine = cosine + pairs;
+      float *low = key_rows_ + r * stride_, *high = low + pairs;
+      for (int64_t d = 0; d < whole; d += kWidth) {
+        const Vec a = load(low + d), b = load(high + d), c = load(cosine + d), s = load(sine + d);
+        store(low + d, a * c - b * s);
+        store(high + d, b * c + a * s);
+      }
+      for (int64_t d = whole; d < pairs; ++d) {
+        const float a = low[d], b = high[d];
+        low[d] = a * cosine[d] - b * sine[d];
+        high[d] = b * cosine[d] + a * sine[d];
+      }
+    }
+    return {reinterpret_cast<const char*>(key_rows_), stride_ * 4, DType::kFloat32};
   }
 
   void add_terms(int phase, int64_t key, int64_t n_k) {

@@ -243,7 +243,7 @@ class ForwardTile {
   __attribute__((noinline)) void exponentials_after_scores(Rows keys, int64_t n_k,
                                                            const TileMask* mask) {
     const Memory tile = {tile_, kBlock};
-    scores(keys, n_k, mask, tile.finish(), [](int64_t, int64_t, int64_t, int64_t) {});
+    scores(keys, n_k, mask, tile.set(), [](int64_t, int64_t, int64_t, int64_t) {});
     const bool only_strip = terms_.only_strip();
     const float* strip = only_strip ? terms_.strip() : nullptr;
     if (!only_strip) terms_.add(tile_);
@@ -317,7 +317,7 @@ class ForwardTile {
         end = extent.end;
       }
       product(AlongRows{tile_ + first * kBlock, kBlock}, values.from(first), end - first, row, step,
-              0, out_stride_ / kWidth, out.start(), out.finish());
+              0, out_stride_ / kWidth, StartAtZero{}, out.add());
     }
   }
 

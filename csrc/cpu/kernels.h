@@ -11,6 +11,14 @@
 
 namespace lcattn::cpu {
 
+// query rows of all heads of one kv head that decode.cpp takes, at most
+constexpr int64_t kDecodeRows = 16;
+
+// the backward sums scores as the tiles do, so what it follows must be computed by tiles
+inline bool decodes(const Problem& p) {
+  return p.T * (p.H / p.G) <= kDecodeRows && p.lse_rest == nullptr;
+}
+
 struct Kernels {
   const char* isa;
   bool (*supported)();

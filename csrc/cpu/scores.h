@@ -249,7 +249,7 @@ class ScoreTerms {
     entry = entry < 0 ? 0 : entry >= table.length ? table.length - 1 : entry;
     const Memory result = {products_ + first * kBlock, kBlock};
     product(AlongDepth{rows + entry * p_.D, p_.D}, Rows{transposed, kBlock}, p_.D, 0,
-            last - first + 1, 0, kBlock / kWidth, StartAtZero{}, result.finish());
+            last - first + 1, 0, kBlock / kWidth, StartAtZero{}, result.set());
     // within a row of scores: lanes walk the diagonals down if they are queries, and the columns of
     // products_ if these belong to the lanes
     constexpr bool kColumnIsLane = kRelKey == kQueryLanes;

@@ -1,4 +1,4 @@
-// C[rows x columns] = start + A B, register tile by register tile, with the results handed over in
+// C[rows x columns] = A B, register tile by register tile, with the results handed over in
 // registers.
 //
 // B is read as vectors along its columns and A one scalar at a time, broadcast, so A may be walked
@@ -8,7 +8,8 @@
 //
 // start(acc, row, vector) gives a register tile its first value, finish(acc, row, vector) takes the
 // result. Both get Acc<R, C>& and the tile's first row and first vector (not column) within the
-// product.
+// product. Sums over several products start at zero each time and are added at the end: one
+// rounding of the growing sum for each product, not for each of its terms.
 #pragma once
 
 #include "simd.h"
@@ -70,26 +71,27 @@ struct StartAtZero {
   }
 };
 
-// start from, or finish into, a row-major matrix in memory
+// finish into a row-major matrix in memory: its new value, or what is added to it
 struct Memory {
   float* data;
   int64_t stride;
 
-  struct Load {
-    const float* data;
+  struct Add {
+    float* data;
     int64_t stride;
     template <int R, int C>
-    LCATTN_INLINE void operator()(Acc<R, C>& acc, int64_t row, int64_t vector) const {
+    LCATTN_INLINE void operator()(const Acc<R, C>& acc, int64_t row, int64_t vector) const {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
-          acc.at[r][c] = load(data + (row + r) * stride + (vector + c) * kWidth);
+          float* at = data + (row + r) * stride + (vector + c) * kWidth;
+          store(at, load(at) + acc.at[r][c]);
         }
       }
     }
   };
-  struct Store {
+  struct Set {
     float* data;
     int64_t stride;
     template <int R, int C>
@@ -103,8 +105,8 @@ struct Memory {
       }
     }
   };
-  Load start() const { return {data, stride}; }
-  Store finish() const { return {data, stride}; }
+  Add add() const { return {data, stride}; }
+  Set set() const { return {data, stride}; }
 };
 
 // acc[r][c] += sum over depth of A(r, depth) * B[depth][c]

@@ -91,18 +91,19 @@ class Causal(Layout):
 class Chunked(Layout):
     """Whole chunks across the boundary: a query in chunk c sees chunks c - lookback to c + lookahead.
 
-    The chunk of coordinate x is (x + shift) // chunk.
+    The chunk of coordinate x is (x + shift) // chunk; None leaves a side open.
     """
 
     chunk: int
-    lookback: int = 1
-    lookahead: int = 0
+    lookback: int | None = 1
+    lookahead: int | None = 0
     shift: int = 0
 
     def __post_init__(self) -> None:
         check_int("Chunked", "chunk", self.chunk, 1)
-        check_int("Chunked", "lookback", self.lookback, 0)
-        check_int("Chunked", "lookahead", self.lookahead, 0)
+        for name, value in (("lookback", self.lookback), ("lookahead", self.lookahead)):
+            if value is not None:
+                check_int("Chunked", name, value, 0)
         if isinstance(self.shift, bool) or not isinstance(self.shift, int):
             raise ValueError(f"Chunked: shift must be an integer, got {self.shift!r}")
         set_fields(self, spec=f"Chunked({self.chunk}, {self.lookback}, {self.lookahead}, {self.shift})")
@@ -112,12 +113,18 @@ class Chunked(Layout):
 
     def visible(self, q_pos: Tensor, k_pos: Tensor, ctx: Context) -> Tensor:
         offset = self._chunk_of(k_pos) - self._chunk_of(q_pos)
-        return (offset >= -self.lookback) & (offset <= self.lookahead)
+        seen = torch.ones_like(offset, dtype=torch.bool)
+        if self.lookback is not None:
+            seen = seen & (offset >= -self.lookback)
+        if self.lookahead is not None:
+            seen = seen & (offset <= self.lookahead)
+        return seen
 
     def bounds(self, region: Region) -> Bounds:
         low = self._chunk_of(region.k_lo) - self._chunk_of(region.q_hi)
         high = self._chunk_of(region.k_hi) - self._chunk_of(region.q_lo)
-        return interval_bounds(low, high, -self.lookback, self.lookahead)
+        first = None if self.lookback is None else -self.lookback
+        return interval_bounds(low, high, first, self.lookahead)
 
     def _mixed_key(self, region: Region) -> list[Tensor]:
         q_chunk, k_chunk = self._chunk_of(region.q_lo), self._chunk_of(region.k_lo)

@@ -2,6 +2,18 @@
 
 from .base import Position, Terms, lower
 from .bias import Alibi, RelativeBias, T5Bias
+from .extend import DualChunk, ReRoPE, SelfExtend
 from .rotary import Rotary
 
-__all__ = ["Alibi", "Position", "RelativeBias", "Rotary", "T5Bias", "Terms", "lower"]
+__all__ = [
+    "Alibi",
+    "DualChunk",
+    "Position",
+    "ReRoPE",
+    "RelativeBias",
+    "Rotary",
+    "SelfExtend",
+    "T5Bias",
+    "Terms",
+    "lower",
+]

@@ -28,6 +28,8 @@ class Terms:
     phase_map: PhaseMap = ((0, 0, 0),)
     offset_q_pos: Tensor | None = None
     offset_k_pos: Tensor | None = None
+    turn_table: Tensor | None = None
+    turn_at: Tensor | None = None
     bias: Tensor | None = None
     bias_min: int = 0
     slope: Tensor | None = None

@@ -1,22 +1,98 @@
-"""Rotary positions."""
+"""Rotary positions: frequencies, and queries and keys turned by any coordinates."""
 
 from __future__ import annotations
 
+import functools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..problem import turn_by
 from .base import Terms
+
+# up to so many query rows a kv head, keys are turned as they are read: turning a whole cache would cost more than
+# reading it
+_FEW_ROWS = 16
+
+
+class Turning(ABC):
+    """A position that turns queries and keys, in one way or several, and says which pairs meet in which."""
+
+    # whether it reads coordinates themselves, not only their differences
+    absolute = True
+
+    @property
+    @abstractmethod
+    def frequencies_of(self) -> Rotary:
+        """The frequencies to turn by."""
+
+    @abstractmethod
+    def queries(self, i: Tensor) -> list[Tensor]:
+        """The coordinates that queries at i [B or 1, T] are turned to, one for each way."""
+
+    @abstractmethod
+    def keys(self, j: Tensor) -> list[Tensor | None]:
+        """The same for keys at j [B or 1, S]; None leaves them as they are."""
+
+    def reach(self, S: int) -> int:
+        """The length that frequencies which depend on it are for."""
+        return S
+
+    def phases(self) -> dict[str, Any]:
+        """The terms that say who meets whom in which way; none for one way."""
+        return {}
+
+    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
+        H, T, D = q.shape[1:]
+        G, S = k.shape[1:3]
+        if q_pos is None:
+            q_pos = torch.arange(S - T, S, device=q.device)[None]
+        frequency, factor = self.frequencies_of.frequencies(D, self.reach(S), q.device)
+        if D % 2 or 2 * len(frequency) > D:
+            raise ValueError(f"Rotary: the head dim must be even and at least {2 * len(frequency)}, got {D}")
+        terms = self.phases() | {"q": tuple(turn(q, at, frequency, factor) for at in self.queries(q_pos))}
+        if T * (H // G) <= _FEW_ROWS and not torch.compiler.is_compiling():
+            rows, n = _default_rows(self, _power_of_two(S), k.device) if k_pos is None else _rows(self, k_pos)
+            return Terms(
+                **terms,
+                k=(k,) * len(rows),
+                turn_table=_table(tuple(frequency.tolist()), factor, n, k.device),
+                turn_at=rows[..., :S],
+            )
+        if k_pos is None:
+            k_pos = torch.arange(S, device=k.device)[None]
+        keys = self.keys(k_pos)
+        return Terms(**terms, k=tuple(k if at is None else turn(k, at, frequency, factor) for at in keys))
+
+
+def _rows(position: Turning, k_pos: Tensor) -> tuple[Tensor, int]:
+    """Rows of the table that keys are turned by, [n_k, B or 1, S] int32, -1 for not at all; and how many it needs."""
+    # hidden keys of a padded row may stand before its first: what they are turned by is seen by nobody
+    rows = [torch.full_like(k_pos, -1) if at is None else at.clamp(min=0) for at in position.keys(k_pos)]
+    stacked = torch.stack(torch.broadcast_tensors(*rows)).int().contiguous()
+    return stacked, _power_of_two(int(stacked.max()) + 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _default_rows(position: Turning, S: int, device: torch.device) -> tuple[Tensor, int]:
+    return _rows(position, torch.arange(S, device=device)[None])
+
+
+def _power_of_two(n: int) -> int:
+    """At or above n, so that a cache serves all lengths up to it."""
+    return 1 << max(n - 1, 1).bit_length()
 
 
 @dataclass(frozen=True)
-class Rotary:
+class Rotary(Turning):
     """Rotary embedding: q and k are turned by their coordinates, so that q . k depends on k_pos - q_pos.
 
-    Pair (d, d + D/2) turns by angle pos * base^(-2 d / D) (the half-split convention of GPT-NeoX and Llama).
+    Pair (d, d + R/2) turns by angle pos * base^(-2 d / R) (the half-split convention of GPT-NeoX and Llama); R is the
+    head dim, or the part of it that partial_rotary_factor names, and features from R on stay as they are.
 
     Args:
         base: of the frequencies.
@@ -27,37 +103,46 @@ class Rotary:
     """
 
     base: float = 10000.0
-    rope_parameters: Mapping[str, Any] | None = None
+    rope_parameters: Mapping[str, Any] | None = field(default=None, hash=False)
+    absolute = False
 
     def __post_init__(self) -> None:
         if not self.base > 0:
             raise ValueError(f"Rotary: base must be positive, got {self.base}")
 
+    @property
+    def frequencies_of(self) -> Rotary:
+        return self
+
     def frequencies(self, D: int, length: int, device: torch.device) -> tuple[Tensor, float]:
-        """Angles per unit of coordinate, [D / 2] float32, and the factor on cos and sin."""
+        """Angles per unit of coordinate, [R / 2] float32, and the factor on cos and sin."""
         if self.rope_parameters is None:
-            exponent = torch.arange(0, D, 2, device=device, dtype=torch.float32) / D
-            return self.base**-exponent, 1.0
+            return _default_frequencies(self.base, D, device), 1.0
         return _rope_frequencies(self.rope_parameters, D, length, device)
 
-    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
-        T, S, D = q.shape[2], k.shape[2], q.shape[3]
-        if D % 2:
-            raise ValueError(f"Rotary: the head dim must be even, got {D}")
-        if q_pos is None:
-            q_pos = torch.arange(S - T, S, device=q.device)[None]
-        if k_pos is None:
-            k_pos = torch.arange(S, device=q.device)[None]
-        frequency, factor = self.frequencies(D, S, q.device)
-        return Terms(q=(_rotate(q, q_pos, frequency, factor),), k=(_rotate(k, k_pos, frequency, factor),))
+    def queries(self, i: Tensor) -> list[Tensor]:
+        return [i]
+
+    def keys(self, j: Tensor) -> list[Tensor | None]:
+        return [j]
 
 
-def _rotate(x: Tensor, position: Tensor, frequency: Tensor, factor: float) -> Tensor:
+def turn(x: Tensor, position: Tensor, frequency: Tensor, factor: float) -> Tensor:
+    """x [B, heads, n, D] turned to coordinates [B or 1, n]: its first 2 len(frequency) features, in halves."""
     # angles of long documents need float64 before their cosine: float32 loses 1e-3 at a million
     angle = (position[:, None, :, None].double() * frequency.double()).to(torch.promote_types(x.dtype, torch.float32))
-    cos, sin = angle.cos() * factor, angle.sin() * factor
-    a, b = x.chunk(2, dim=3)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], 3).to(x.dtype)
+    return turn_by(x, angle.cos() * factor, angle.sin() * factor)
+
+
+@functools.lru_cache(maxsize=16)
+def _table(frequency: tuple[float, ...], factor: float, n: int, device: torch.device) -> Tensor:
+    """cos then sin of coordinates 0 to n - 1, [n, R] float32."""
+    angle = torch.arange(n, device=device)[:, None] * torch.tensor(frequency, dtype=torch.float64, device=device)
+    return (torch.cat([angle.cos(), angle.sin()], 1) * factor).float()
+
+
+def _default_frequencies(base: float, R: int, device: torch.device) -> Tensor:
+    return base ** -(torch.arange(0, R, 2, device=device, dtype=torch.float32) / R)
 
 
 def _rope_frequencies(parameters: Mapping[str, Any], D: int, length: int, device: torch.device) -> tuple[Tensor, float]:
@@ -65,9 +150,9 @@ def _rope_frequencies(parameters: Mapping[str, Any], D: int, length: int, device
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = parameters.get("rope_type", "default")
-    theta = parameters.get("rope_theta", 10000.0)
     if kind == "default":
-        return Rotary(theta).frequencies(D, length, device)
+        R = int(D * parameters.get("partial_rotary_factor", 1.0))
+        return _default_frequencies(parameters.get("rope_theta", 10000.0), R, device), 1.0
     if kind not in ROPE_INIT_FUNCTIONS:
         expected = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
         raise ValueError(f"Rotary: rope_type must be one of {expected}, got {kind!r}")
