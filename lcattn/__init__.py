@@ -17,7 +17,7 @@ from .layout import (
     Random,
     Window,
 )
-from .position import Alibi, RelativeBias, Rotary, T5Bias
+from .position import Alibi, Disentangled, RelativeBias, Rotary, Shaw, T5Bias, TransformerXL
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "Causal",
     "Chunked",
     "Dilated",
+    "Disentangled",
     "Documents",
     "FromBlockMask",
     "FromMaskMod",
@@ -37,7 +38,9 @@ __all__ = [
     "Random",
     "RelativeBias",
     "Rotary",
+    "Shaw",
     "T5Bias",
+    "TransformerXL",
     "Window",
     "attention",
     "attention_with_lse",
