@@ -17,7 +17,18 @@ from .layout import (
     Random,
     Window,
 )
-from .position import Alibi, DualChunk, RelativeBias, ReRoPE, Rotary, SelfExtend, T5Bias
+from .position import (
+    Alibi,
+    Disentangled,
+    DualChunk,
+    RelativeBias,
+    ReRoPE,
+    Rotary,
+    SelfExtend,
+    Shaw,
+    T5Bias,
+    TransformerXL,
+)
 
 __version__ = "0.1.0"
 
@@ -27,6 +38,7 @@ __all__ = [
     "Causal",
     "Chunked",
     "Dilated",
+    "Disentangled",
     "Documents",
     "DualChunk",
     "FromBlockMask",
@@ -40,7 +52,9 @@ __all__ = [
     "RelativeBias",
     "Rotary",
     "SelfExtend",
+    "Shaw",
     "T5Bias",
+    "TransformerXL",
     "Window",
     "attention",
     "attention_with_lse",

@@ -124,21 +124,42 @@ def _table(draw: Draw, s: Shape, *shape: int) -> Tensor:
     return draw.normal(*shape, std=1.5)
 
 
-def _relative_keys(draw: Draw, s: Shape, length: int, **given: Any) -> Terms:
-    low = -draw.integer(0, length)
-    return Terms(rel_key=_table(draw, s, draw.choice((1, s.H)), length, s.D), rel_key_min=low, **given)
+def _vectors(draw: Draw, s: Shape, length: int) -> Tensor:
+    return _table(draw, s, draw.choice((1, s.H)), length, s.D)
 
 
-def _shaw(draw: Draw, s: Shape, q: Tensor, k: Tensor, v: Tensor) -> Terms:
-    return _relative_keys(draw, s, draw.integer(1, 60), qr=q)
+def _shaw(draw: Draw, s: Shape) -> positions.Position:
+    length = draw.integer(1, 60)
+    return positions.Shaw(_vectors(draw, s, length), -draw.integer(0, length))
 
 
-def _disentangled(draw: Draw, s: Shape, q: Tensor, k: Tensor, v: Tensor) -> Terms:
+def _transformer_xl(draw: Draw, s: Shape) -> positions.Position:
+    length = draw.integer(1, 300)
+    u, v = _table(draw, s, s.H, s.D), _table(draw, s, s.H, s.D)
+    return positions.TransformerXL(_vectors(draw, s, length), u, v, -draw.integer(0, length))
+
+
+def _disentangled(draw: Draw, s: Shape) -> positions.Position:
+    span = draw.integer(4, 30)
+    keys, queries = draw.choice(((True, True), (True, True), (True, False), (False, True)))
+    return positions.Disentangled(
+        _vectors(draw, s, 2 * span) if keys else None,
+        _vectors(draw, s, 2 * span) if queries else None,
+        draw.choice((None, draw.integer(span // 2 + 2, 200))),
+    )
+
+
+def _relative_terms(draw: Draw, s: Shape, q: Tensor, k: Tensor, v: Tensor) -> Terms:
+    # vectors of their own on both sides, and tables of different range
     length = draw.integer(3, 60)
-    qr, kr = draw.normal(*q.shape, dtype=q.dtype), draw.normal(*k.shape, dtype=k.dtype)
-    keys = _relative_keys(draw, s, length, qr=qr, kr=kr)
-    table = _table(draw, s, draw.choice((1, s.H)), length, s.D)
-    return dataclasses.replace(keys, rel_query=table, rel_query_min=-draw.integer(0, length))
+    return Terms(
+        rel_key=_vectors(draw, s, draw.integer(3, 60)),
+        rel_key_min=-draw.integer(0, length),
+        rel_query=_vectors(draw, s, length),
+        rel_query_min=-draw.integer(0, length),
+        qr=draw.normal(*q.shape, dtype=q.dtype),
+        kr=draw.normal(*k.shape, dtype=k.dtype),
+    )
 
 
 def _dual_chunk(draw: Draw, s: Shape, q: Tensor, k: Tensor, v: Tensor) -> positions.Position | None:
@@ -204,8 +225,10 @@ POSITIONS: dict[str, Callable[[Draw, Shape, Tensor, Tensor, Tensor], positions.P
         positions.RelativeBias(_table(draw, s, s.H, 64), -32),
         positions.Alibi(draw.uniform(s.H) * 0.3),
     ),
-    "shaw": _shaw,
-    "disentangled": _disentangled,
+    "shaw": lambda draw, s, q, k, v: _shaw(draw, s),
+    "transformer_xl": lambda draw, s, q, k, v: _transformer_xl(draw, s),
+    "disentangled": lambda draw, s, q, k, v: _disentangled(draw, s),
+    "relative_terms": _relative_terms,
     "phases": _phases,
     "phase_values": _phase_values,
 }
