@@ -5,6 +5,6 @@ padding and where queries and keys stand, read off the functions that transforme
 """
 
 from .masks import Mask, make_mask
-from .models import attention_forward, check, register, use
+from .models import attention_forward, check, convert, register, use
 
-__all__ = ["Mask", "attention_forward", "check", "make_mask", "register", "use"]
+__all__ = ["Mask", "attention_forward", "check", "convert", "make_mask", "register", "use"]

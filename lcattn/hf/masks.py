@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -93,6 +94,14 @@ class Mask:
 
     def contiguous(self) -> Mask:
         return self
+
+    def __getitem__(self, at: Any) -> Tensor:
+        """What an additive mask adds to each key, [B, S] float64: Longformer reads its padding as mask[:, 0, 0, :]."""
+        if at != (slice(None), 0, 0, slice(None)):
+            raise TypeError(f"{type(self).__name__}: expected the index [:, 0, 0, :], got {at}")
+        B, _, S = self.sizes
+        row = torch.zeros(B, S, dtype=torch.float64, device=self.device)
+        return row if self.key_mask is None else row.masked_fill(~self.key_mask, -math.inf)
 
     def view(self, conversion: Conversion | None, relative: bool) -> View:
         """Layout and coordinates, under what `use` put on the model; `relative`: the call has a position."""

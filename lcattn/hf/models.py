@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from ..api import attention
 from ..layout import Layout
 from ..position import Position, Rotary, T5Bias, Terms
+from . import swap
 from .masks import Conversion, Mask, make_mask, mask_of
 
 NAME = "lcattn"
@@ -26,7 +29,7 @@ def register() -> None:
 
     Attention is then what sdpa computes, case by case, with padding, sliding windows, packing, caches,
     softcap and sinks, at the cost of the visible blocks. A row that sees nothing gives zeros. A model that
-    computes attention by itself ignores the name in silence: `check(model)` tells.
+    computes attention by itself ignores the name in silence: `check(model)` tells, `convert(model)` mends.
     """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, make_mask)
@@ -96,18 +99,9 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-_WINDOWED = "it computes its own windows, with projections of its own for global tokens"
 _SERVES = "what serves: {} with lcattn.hf.use(model, {}), or lcattn.modules in a model of your own"
+# why some architectures are refused, unless modules of theirs are replaced
 _REFUSED = {
-    "longformer": (_WINDOWED, "RoBERTa", "Window(256, 256) | Global(1)"),
-    "led": (_WINDOWED, "BART", "Window(512, 512)"),
-    "big_bird": ("it computes its own blocks", "RoBERTa", "Chunked(64, 1, 1) | Random(64, 3) | Global(64)"),
-    "bigbird_pegasus": (
-        "its encoder computes its own blocks",
-        "BART",
-        "Chunked(64, 1, 1) | Random(64, 3) | Global(64)",
-    ),
-    "longt5": ("its encoder computes its own windows and side keys", "T5", "Window(127, 127)"),
     "umt5": ("each of its layers builds a dense bias of its own", "T5 or MT5", "Chunked(512)"),
     "xlnet": ("it adds relative-key and segment terms of its own", "BERT", "Chunked(512, 1, 1)"),
     "deberta": ("it adds disentangled relative terms of its own", "BERT", "Chunked(512, 1, 1)"),
@@ -119,7 +113,9 @@ _REFUSED = {
 def _routes(kind: type[nn.Module]) -> bool | None:
     """Whether a class computes attention through transformers' interface; None: it computes none."""
     source = ""
-    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+    # the base of all models names the interface without going through it
+    own = itertools.takewhile(lambda base: base not in (PreTrainedModel, nn.Module), kind.__mro__)
+    for base in own:
         try:
             source += inspect.getsource(base)
         except (OSError, TypeError):
@@ -130,48 +126,115 @@ def _routes(kind: type[nn.Module]) -> bool | None:
     return False if computes else None
 
 
-def _attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that route through the interface, by name; ValueError if some attention passes it by."""
-    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
-    if not configs:
+@dataclass(frozen=True)
+class _Served:
+    """Modules of a model by how they come to lcattn: through the interface, or replaced by one of ours."""
+
+    routed: dict[str, nn.Module]
+    replaced: dict[str, nn.Module]
+
+
+def _served(model: nn.Module) -> _Served:
+    """How the model's attention comes to lcattn; ValueError if some of it does not."""
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    if not parts:
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
-    for config in configs:
-        refusal = _REFUSED.get(config.model_type)
-        if refusal is not None:
-            reason, *serves = refusal
-            raise ValueError(f"model: {config.model_type} is not supported: {reason}; {_SERVES.format(*serves)}")
-    found = {}
+    served = _Served({}, {})
+    past: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        routes = _routes(module.__class__)
-        if routes:
-            found[name] = module
-        elif routes is False:
-            raise ValueError(f"model: {type(module).__name__} ({name}) computes attention past transformers' interface")
-    if not found:
+        kind = module.__class__
+        if swap.original(kind) is not None or swap.find(kind) is not None:
+            served.replaced[name] = module
+        elif (routes := _routes(kind)) is not None:
+            (served.routed if routes else past)[name] = module
+    replaced = {id(module) for module in served.replaced.values()}
+    for part in parts:
+        refusal = _REFUSED.get(part.config.model_type)
+        if refusal is not None and not any(id(module) in replaced for module in part.modules()):
+            reason, *serves = refusal
+            raise ValueError(f"model: {part.config.model_type} is not supported: {reason}; {_SERVES.format(*serves)}")
+    if past:
+        name, module = next(iter(past.items()))
+        raise ValueError(f"model: {type(module).__name__} ({name}) computes attention past transformers' interface")
+    for part in parts:
+        if served.replaced and getattr(part.config, "output_attentions", False):
+            raise ValueError(f"model: {type(part).__name__} has config.output_attentions set; no weights are stored")
+    if not served.routed and not served.replaced:
         raise ValueError(f"model: {type(model).__name__} has no attention that goes through transformers' interface")
-    return found
+    return served
 
 
 def check(model: nn.Module) -> None:
     """Raises ValueError, with the reason, unless all of the model's attention runs on lcattn."""
-    for name, module in _attentions(model).items():
+    served = _served(model)
+    for name, module in served.replaced.items():
+        if swap.original(module.__class__) is None:
+            raise ValueError(
+                f"model: {type(module).__name__} ({name}) computes attention past transformers' interface;"
+                " lcattn.hf.convert(model) replaces it"
+            )
+    for name, module in served.routed.items():
         chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if chosen != NAME:
             raise ValueError(f"model: {type(module).__name__} ({name}) runs on {chosen!r}, not {NAME!r}")
 
 
+def convert(model: Any) -> Any:
+    """Puts all of a model's attention on lcattn, in place, and returns the model; its results stay the same.
+
+    Attention that goes through transformers' interface is set to "lcattn", T5's with its bucket table for a bias.
+    Attention modules that bypass the interface (Longformer's, LED's, BigBird's, LongT5's: `lcattn.hf.swap` has the
+    table) are given another class, derived from their own, so that parameters, state_dict, hooks and saved files stay
+    as they are. `use(model, None)` takes all of it back.
+
+    Args:
+        model: a transformers or PEFT model; a layout that `use` put on it is taken off.
+
+    Raises:
+        ValueError: some attention can be served in neither way; the model stays as it was.
+        TypeError: not a transformers model.
+    """
+    served = _served(model)
+    register()
+    _restore(model)
+    held = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    before = [(config, config._attn_implementation) for config in held.values()]
+    hooks: list[RemovableHandle] = []
+    model.__dict__["_lcattn_before"] = (before, hooks)
+    try:
+        for module in served.replaced.values():
+            module.__class__ = swap.SWAPS[module.__class__]
+        if served.routed:
+            model.set_attn_implementation(NAME)
+        if served.replaced:
+            # masks come to replaced modules as layouts too; transformers sets the name only where it is asked for
+            for config in held.values():
+                config._attn_implementation_internal = NAME
+        check(model)
+        for name, module in served.routed.items():
+            if "position_bias" in inspect.signature(type(module).forward).parameters:
+                if not hasattr(module, "has_relative_attention_bias"):
+                    raise ValueError(f"model: {type(module).__name__} ({name}) is given a dense position bias")
+                hooks.append(module.register_forward_pre_hook(_give_buckets, with_kwargs=True))
+    except BaseException:
+        _restore(model)
+        raise
+    return model
+
+
 def use(model: Any, layout: Layout | None, position: Position | Sequence[Position] | None = None) -> Any:
     """Puts a layout on an existing model, and returns the model.
 
-    In every self-attention, visibility becomes layout & the model's causality & padding & documents: only
-    its own sliding windows and chunks are replaced. Cross-attention keeps seeing everything. Coordinates
-    count from each row's first real token, and from each packed document's, so that padding and packing
-    change no result; a prefix that PEFT tuned stays visible to all. T5 and MT5 get their bias by the bucket
+    The model is converted (`convert`), and in every self-attention visibility becomes layout & the model's causality &
+    padding & documents: only its own sliding windows, chunks and blocks are replaced. Global tokens that the caller
+    names (Longformer's and LED's global_attention_mask) and LongT5's side keys stay. Cross-attention keeps seeing
+    everything. Coordinates count from each row's first real token, and from each packed document's, so that padding
+    and packing change no result; a prefix that PEFT tuned stays visible to all. T5 and MT5 get their bias by the bucket
     table. A second call replaces the first.
 
     Args:
         model: a transformers or PEFT model.
-        layout: who sees whom; None restores the model as it was before the first call.
+        layout: who sees whom; None restores the model as it was before the first call, or before `convert`.
         position: one additive position or several, beside the model's own; the caller trains its tensors.
 
     Raises:
@@ -191,29 +254,14 @@ def use(model: Any, layout: Layout | None, position: Position | Sequence[Positio
             raise ValueError(
                 f"position: expected an additive position such as Alibi(slopes), got {type(part).__name__}"
             )
-    attentions = _attentions(model)
-    register()
-    _restore(model)
-    held = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    before = [(config, config._attn_implementation) for config in held.values()]
-    hooks: list[RemovableHandle] = []
+    convert(model)
     peft = getattr(model, "active_peft_config", None)
     prefix: int = getattr(peft, "num_virtual_tokens", 0) if getattr(peft, "peft_type", "") == "PREFIX_TUNING" else 0
     conversion = Conversion(layout, positions, prefix)
-    model.__dict__["_lcattn_before"] = (before, hooks)
-    try:
-        model.set_attn_implementation(NAME)
-        check(model)
-        for name, module in attentions.items():
-            if "position_bias" in inspect.signature(type(module).forward).parameters:
-                if not hasattr(module, "has_relative_attention_bias"):
-                    raise ValueError(f"model: {type(module).__name__} ({name}) is given a dense position bias")
-                hooks.append(module.register_forward_pre_hook(_give_buckets, with_kwargs=True))
-            if not re.search("cross|encoder_attn|encdecattention", f"{name}.{type(module).__name__}".lower()):
-                module.__dict__["_lcattn"] = conversion
-    except BaseException:
-        _restore(model)
-        raise
+    served = _served(model)
+    for name, module in (served.routed | served.replaced).items():
+        if not re.search("cross|encoder_attn|encdecattention", f"{name}.{type(module).__name__}".lower()):
+            module.__dict__["_lcattn"] = conversion
     return model
 
 
@@ -225,6 +273,9 @@ def _restore(model: Any) -> Any:
         for hook in hooks:
             hook.remove()
         module.__dict__.pop("_lcattn", None)
+        replaced = swap.original(module.__class__)
+        if replaced is not None:
+            module.__class__ = replaced
     return model
 
 

@@ -1,0 +1,68 @@
+"""What replaced modules share: refusals, heads, key padding, and layouts that `use` put in place of their windows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...layout import Full, Layout
+from ...position import Position
+from ..masks import Conversion, Mask, View
+
+
+def refuse_weights(module: nn.Module, output_attentions: bool | None) -> None:
+    """NotImplementedError where attention weights are asked for, which a fused kernel never holds."""
+    if output_attentions:
+        raise NotImplementedError(
+            f"{type(module).__name__}: output_attentions=True is not supported, since no attention weights are"
+            " stored; lcattn.hf.use(model, None) gives the model back its own attention"
+        )
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H * D] as [B, H, T, D]."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """[B, H, T, D] as [B, T, H * D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def real_keys(seen: Tensor) -> Tensor | None:
+    """A key mask [B, S] bool, or None where it hides nothing."""
+    return None if bool(seen.all()) else seen
+
+
+def conversion_of(module: nn.Module) -> Conversion | None:
+    """What `use` put on a module."""
+    found: Conversion | None = module.__dict__.get("_lcattn")
+    return found
+
+
+def positions_of(module: nn.Module, *own: Position) -> list[Position] | None:
+    """The module's own positions and those that `use` gave it, None for none."""
+    conversion = conversion_of(module)
+    found = [*own, *(() if conversion is None else conversion.position)]
+    return found or None
+
+
+def view_of(module: nn.Module, hidden_states: Tensor, window: Layout, real: Tensor | None, relative: bool) -> View:
+    """Layout and coordinates of an encoder's self-attention: its window, or what `use` put in its place.
+
+    Args:
+        hidden_states: [B, T, C]; window: the module's own layout; real: [B, T] bool, None if no token is padding.
+        relative: whether the call has a position.
+    """
+    B, T, _ = hidden_states.shape
+    mask = Mask((B, T, T), window, Full(), real, padding=real, device=hidden_states.device)
+    return mask.view(conversion_of(module), relative)
+
+
+def coordinates(pos: Tensor | None, n: int, device: torch.device) -> Tensor:
+    """Coordinates [B or 1, n] of a view."""
+    return torch.arange(n, device=device)[None] if pos is None else pos
+
+
+def dropout_of(module: nn.Module, probability: float) -> float:
+    return probability if module.training else 0.0
