@@ -41,7 +41,7 @@ class Problem:
         q_pos, k_pos: [B or 1, T] and [B or 1, S] int coordinates of visibility; None means S - T + i and j.
         offset_q_pos, offset_k_pos: [P or 1, B or 1, T] and [..., S] int coordinates of the offset o where it is not
             k_pos - q_pos; both or neither.
-        turn_table, turn_at: [n, R] float, cos then sin of coordinates 0 to n - 1, and for each tensor in k the rows of
+        turn_table, turn_at: [n, R] float, cos then sin of some coordinates, and for each tensor in k the rows of
             it, [len(k), B or 1, S] int, that its first R features are still to be turned by, in halves; -1 leaves a
             key as it is. Both or neither.
         key_mask: [B or 1, S] bool, False hides a key.

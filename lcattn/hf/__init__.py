@@ -4,7 +4,8 @@ A model asks for its mask once per forward pass and hands it to every layer. Our
 padding and where queries and keys stand, read off the functions that transformers composes.
 """
 
+from .extend import extend
 from .masks import Mask, make_mask
 from .models import attention_forward, check, convert, register, use
 
-__all__ = ["Mask", "attention_forward", "check", "convert", "make_mask", "register", "use"]
+__all__ = ["Mask", "attention_forward", "check", "convert", "extend", "make_mask", "register", "use"]

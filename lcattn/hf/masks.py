@@ -38,9 +38,9 @@ from ..position import Position
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
-    """What `use` put on a model: layout, position, and how many leading keys are a tuned prefix."""
+    """What `use` put on a model: layout (None: its own), position, and how many leading keys are a tuned prefix."""
 
-    layout: Layout
+    layout: Layout | None
     position: tuple[Position, ...] = ()
     prefix: int = 0
 
@@ -112,10 +112,12 @@ class Mask:
 
     def _view(self, conversion: Conversion | None, relative: bool) -> View:
         _, T, S = self.sizes
-        layout, prefix = self.layout, 0
+        layout, prefix, by_offset = self.layout, 0, True
         if conversion is not None:
             prefix = conversion.prefix
-            layout = _all_of([self.unwindowed, self._placed(conversion)])
+            if conversion.layout is not None:
+                layout = _all_of([self.unwindowed, self._placed(conversion.layout, prefix)])
+            by_offset = not any(getattr(position, "absolute", False) for position in conversion.position)
         readers = [leaf for leaf in _leaves(layout) if not leaf.by_index and not isinstance(leaf, Full)]
         if not readers and not relative:
             return View(layout, None, None)
@@ -125,17 +127,16 @@ class Mask:
                 " queries stand; give a 2-D attention mask instead"
             )
         start = self.q_offset - self.kv_offset
-        if all(isinstance(leaf, _BY_OFFSET) for leaf in readers) or (
+        if (by_offset and all(isinstance(leaf, _BY_OFFSET) for leaf in readers)) or (
             self.position_ids is None and self.kv_offset == prefix == 0 and not self._left_padding(0).any()
         ):
             q_pos = None if start == S - T else torch.arange(start, start + T, device=self.device)[None]
             return View(layout, q_pos, None)
         return View(layout, *self._absolute(prefix))
 
-    def _placed(self, conversion: Conversion) -> Layout:
+    def _placed(self, layout: Layout, prefix: int) -> Layout:
         """The converted model's layout, checked against what this pass can offer it."""
         _, T, S = self.sizes
-        layout, prefix = conversion.layout, conversion.prefix
         causal = any(isinstance(leaf, Causal) for leaf in _leaves(self.unwindowed))
         if self.q_offset == 0 and T < S != T + prefix and not causal:
             raise ValueError(

@@ -17,7 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from ..api import attention
 from ..layout import Layout
-from ..position import Position, Rotary, T5Bias, Terms
+from ..position import Position, T5Bias, Terms
+from ..position.rotary import Turning
 from . import swap
 from .masks import Conversion, Mask, make_mask, mask_of
 
@@ -250,19 +251,32 @@ def use(model: Any, layout: Layout | None, position: Position | Sequence[Positio
         position = ()
     positions = tuple(position) if isinstance(position, (list, tuple)) else (position,)
     for part in positions:
-        if isinstance(part, Rotary) or not hasattr(part, "lower"):
+        if isinstance(part, Turning) or not hasattr(part, "lower"):
             raise ValueError(
-                f"position: expected an additive position such as Alibi(slopes), got {type(part).__name__}"
+                f"position: expected an additive position such as Alibi(slopes), got {type(part).__name__};"
+                " lcattn.hf.extend remaps rotary positions"
             )
     convert(model)
-    peft = getattr(model, "active_peft_config", None)
-    prefix: int = getattr(peft, "num_virtual_tokens", 0) if getattr(peft, "peft_type", "") == "PREFIX_TUNING" else 0
-    conversion = Conversion(layout, positions, prefix)
-    served = _served(model)
-    for name, module in (served.routed | served.replaced).items():
-        if not re.search("cross|encoder_attn|encdecattention", f"{name}.{type(module).__name__}".lower()):
-            module.__dict__["_lcattn"] = conversion
+    conversion = Conversion(layout, positions, tuned_prefix(model))
+    for module in self_attentions(model):
+        module.__dict__["_lcattn"] = conversion
     return model
+
+
+def tuned_prefix(model: Any) -> int:
+    """How many leading keys PEFT's prefix tuning put before every text."""
+    peft = getattr(model, "active_peft_config", None)
+    return getattr(peft, "num_virtual_tokens", 0) if getattr(peft, "peft_type", "") == "PREFIX_TUNING" else 0
+
+
+def self_attentions(model: nn.Module) -> list[nn.Module]:
+    """The modules of a converted model in which a text attends to itself."""
+    served = _served(model)
+    return [
+        module
+        for name, module in (served.routed | served.replaced).items()
+        if not re.search("cross|encoder_attn|encdecattention", f"{name}.{type(module).__name__}".lower())
+    ]
 
 
 def _restore(model: Any) -> Any:

@@ -56,11 +56,11 @@ class Turning(ABC):
             raise ValueError(f"Rotary: the head dim must be even and at least {2 * len(frequency)}, got {D}")
         terms = self.phases() | {"q": tuple(turn(q, at, frequency, factor) for at in self.queries(q_pos))}
         if T * (H // G) <= _FEW_ROWS and not torch.compiler.is_compiling():
-            rows, n = _default_rows(self, _power_of_two(S), k.device) if k_pos is None else _rows(self, k_pos)
+            rows, span = _default_rows(self, _power_of_two(S), k.device) if k_pos is None else _rows(self, k_pos)
             return Terms(
                 **terms,
                 k=(k,) * len(rows),
-                turn_table=_table(tuple(frequency.tolist()), factor, n, k.device),
+                turn_table=_table(tuple(frequency.tolist()), factor, span, k.device),
                 turn_at=rows[..., :S],
             )
         if k_pos is None:
@@ -69,16 +69,22 @@ class Turning(ABC):
         return Terms(**terms, k=tuple(k if at is None else turn(k, at, frequency, factor) for at in keys))
 
 
-def _rows(position: Turning, k_pos: Tensor) -> tuple[Tensor, int]:
-    """Rows of the table that keys are turned by, [n_k, B or 1, S] int32, -1 for not at all; and how many it needs."""
-    # hidden keys of a padded row may stand before its first: what they are turned by is seen by nobody
-    rows = [torch.full_like(k_pos, -1) if at is None else at.clamp(min=0) for at in position.keys(k_pos)]
-    stacked = torch.stack(torch.broadcast_tensors(*rows)).int().contiguous()
-    return stacked, _power_of_two(int(stacked.max()) + 1)
+def _rows(position: Turning, k_pos: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Rows of the table that keys are turned by, [n_k, B or 1, S] int32, -1 for none, and what coordinates it spans."""
+    keys = position.keys(k_pos)
+    given = torch.stack(torch.broadcast_tensors(*(at for at in keys if at is not None)))
+    low, high = int(given.min()), int(given.max())
+    # a padded row's keys may stand before its first
+    first = -_power_of_two(-low) if low < 0 else 0
+    rows = [torch.full_like(k_pos, -1) if at is None else at - first for at in keys]
+    return torch.stack(torch.broadcast_tensors(*rows)).int().contiguous(), (
+        first,
+        first + _power_of_two(high - first + 1),
+    )
 
 
 @functools.lru_cache(maxsize=64)
-def _default_rows(position: Turning, S: int, device: torch.device) -> tuple[Tensor, int]:
+def _default_rows(position: Turning, S: int, device: torch.device) -> tuple[Tensor, tuple[int, int]]:
     return _rows(position, torch.arange(S, device=device)[None])
 
 
@@ -135,14 +141,14 @@ def turn(x: Tensor, position: Tensor, frequency: Tensor, factor: float) -> Tenso
 
 
 @functools.lru_cache(maxsize=16)
-def _table(frequency: tuple[float, ...], factor: float, n: int, device: torch.device) -> Tensor:
-    """cos then sin of coordinates 0 to n - 1, [n, R] float32."""
-    angle = torch.arange(n, device=device)[:, None] * torch.tensor(frequency, dtype=torch.float64, device=device)
+def _table(frequency: tuple[float, ...], factor: float, span: tuple[int, int], device: torch.device) -> Tensor:
+    """cos then sin of the coordinates from one to before the other, [n, R] float32."""
+    angle = torch.arange(*span, device=device)[:, None] * torch.tensor(frequency, dtype=torch.float64, device=device)
     return (torch.cat([angle.cos(), angle.sin()], 1) * factor).float()
 
 
 def _default_frequencies(base: float, R: int, device: torch.device) -> Tensor:
-    return base ** -(torch.arange(0, R, 2, device=device, dtype=torch.float32) / R)
+    return 1.0 / base ** (torch.arange(0, R, 2, device=device, dtype=torch.float32) / R)
 
 
 def _rope_frequencies(parameters: Mapping[str, Any], D: int, length: int, device: torch.device) -> tuple[Tensor, float]:
