@@ -113,6 +113,29 @@ def _lcattn(w: Workload, inputs: Inputs, grad: bool) -> Prepared:
     return Prepared(forward, x, layout, w.position, w.D**-0.5)
 
 
+def _lcattn_plain(w: Workload, inputs: Inputs, grad: bool) -> Prepared:
+    x = _leaves(inputs, grad, ("q", "k", "v"))
+
+    def forward() -> Tensor:
+        return lcattn.attention(x["q"], x["k"], x["v"], layout=w.layout)
+
+    return Prepared(forward, x, w.layout, None, w.D**-0.5)
+
+
+def _lcattn_shaw(w: Workload, inputs: Inputs, grad: bool) -> Prepared:
+    x = _leaves(inputs, grad)
+    draw = torch.Generator().manual_seed(0)
+    # scores from it of standard deviation 2, beside the content's 3
+    table = torch.randn(*inputs.table.shape, w.D, generator=draw) * 2 / 3**0.5
+    x["table"] = table.requires_grad_(grad)
+    position = functools.partial(lcattn.Shaw, min_offset=w.min_offset)
+
+    def forward() -> Tensor:
+        return lcattn.attention(x["q"], x["k"], x["v"], layout=w.layout, position=position(x["table"]))
+
+    return Prepared(forward, x, w.layout, position, w.D**-0.5)
+
+
 def _bias_tile(w: Workload, table: Tensor) -> Tensor:
     """[H, chunk, 2 chunk]: bias of a chunk's queries to the chunk before and their own; -inf ahead."""
     offset = torch.arange(-w.chunk, w.chunk) - torch.arange(w.chunk)[:, None]
@@ -354,6 +377,13 @@ PROVIDERS = {
     p.name: p
     for p in (
         Provider("lcattn", "lcattn", "the work asked for, gradient of the bias included", _lcattn),
+        Provider("lcattn-plain", "lcattn, no position", "the same pattern without a bias", _lcattn_plain),
+        Provider(
+            "lcattn-shaw",
+            "lcattn, relative keys",
+            "the same pattern, a learned key by offset and head (Shaw) instead of a bias, its gradient included",
+            _lcattn_shaw,
+        ),
         Provider(
             "sdpa-folded",
             "SDPA, folded chunks, learned bias",
@@ -445,8 +475,12 @@ def reference_answer(
         found = {"out": reference.attention(problem)[0]}
     grads = differentiate(problem, dout, None)
     found |= {"dq": grads.q[0], "dk": grads.k[0], "dv": grads.v[0]}
-    if position is not None:
-        (found["dtable"],) = torch.autograd.grad(problem.bias, table, grads.bias)
+    if grads.qr is not None:
+        # relative keys meet the queries themselves
+        found["dq"] = found["dq"] + grads.qr
+    for term, grad in ((problem.bias, grads.bias), (problem.rel_key, grads.rel_key)):
+        if term is not None:
+            (found["dtable"],) = torch.autograd.grad(term, table, grad)
     return found
 
 
@@ -494,7 +528,7 @@ def gate(provider: Provider, w: Workload, measure: str, seed: int) -> Verdict:
         if not found.ok:
             error = (answer.double() - truth[name]).norm() / truth[name].norm()
             over.append(str(found))
-            if provider.name == "lcattn" or not error <= torch.finfo(w.dtype).eps ** 0.5:
+            if provider.name.startswith("lcattn") or not error <= torch.finfo(w.dtype).eps ** 0.5:
                 wrong.append(str(found))
     if wrong:
         return Verdict(False, "wrong answer: " + "; ".join(wrong))

@@ -105,6 +105,13 @@ def targets(results: Results) -> list[Target]:
         found.append(Target(f"AVX2, {measure}, share of AVX2's sgemm", 0.72, share, "%"))
         ratio = results.ratio(("long", "lcattn", measure), ours)
         found.append(Target(f"65,536 tokens, {measure}, time over 8,192", 8.8, ratio, "x", at_most=True))
+    shaw = ("main", "lcattn-shaw", BOTH)
+    ratio = results.ratio(shaw, ("main", "lcattn-plain", BOTH))
+    found.append(Target("relative keys (Shaw), forward+backward, time over no position", 2.0, ratio, "x", at_most=True))
+    ratio = results.ratio(("long", "lcattn-shaw", BOTH), shaw)
+    found.append(
+        Target("relative keys, forward+backward, 65,536 tokens, time over 8,192", 8.8, ratio, "x", at_most=True)
+    )
     extra, io = (results.value("main", "lcattn", f"{kind} memory") for kind in ("extra", "io"))
     ratio = extra / io if extra is not None and io else None
     found.append(Target("memory beyond inputs, output and gradients, over theirs", 0.25, ratio, "x", at_most=True))

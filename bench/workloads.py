@@ -76,7 +76,17 @@ class Inputs:
     table: Tensor
 
 
-PEERS = (*EXACT, "sdpa-causal", "flex", "local-attention", "longformer", "bigbird", "longt5")
+PEERS = (
+    *EXACT,
+    "lcattn-plain",
+    "lcattn-shaw",
+    "sdpa-causal",
+    "flex",
+    "local-attention",
+    "longformer",
+    "bigbird",
+    "longt5",
+)
 
 WORKLOADS = {
     w.name: w
@@ -86,7 +96,7 @@ WORKLOADS = {
         Workload("bf16", "bfloat16", dtype=torch.bfloat16),
         Workload("avx2", "main, held to AVX2 in a child process", providers=("lcattn", "sdpa-folded-fixed")),
         Workload("short", "2,048 tokens", N=2048, providers=("lcattn", "sdpa-folded-fixed", "sdpa-causal")),
-        Workload("long", "65,536 tokens", N=65536, providers=("lcattn", "sdpa-folded-fixed")),
+        Workload("long", "65,536 tokens", N=65536, providers=("lcattn", "lcattn-shaw", "sdpa-folded-fixed")),
     )
 }
 

@@ -51,7 +51,9 @@ class Turning(ABC):
         G, S = k.shape[1:3]
         if q_pos is None:
             q_pos = torch.arange(S - T, S, device=q.device)[None]
-        frequency, factor = self.frequencies_of.frequencies(D, self.reach(S), q.device)
+        rotary = self.frequencies_of
+        length = rotary.that_matters(self.reach(S))
+        frequency, factor = rotary.frequencies(D, length, q.device)
         if D % 2 or 2 * len(frequency) > D:
             raise ValueError(f"Rotary: the head dim must be even and at least {2 * len(frequency)}, got {D}")
         terms = self.phases() | {"q": tuple(turn(q, at, frequency, factor) for at in self.queries(q_pos))}
@@ -60,7 +62,7 @@ class Turning(ABC):
             return Terms(
                 **terms,
                 k=(k,) * len(rows),
-                turn_table=_table(tuple(frequency.tolist()), factor, span, k.device),
+                turn_table=_table(rotary, D, length, span, k.device),
                 turn_at=rows[..., :S],
             )
         if k_pos is None:
@@ -115,6 +117,8 @@ class Rotary(Turning):
     def __post_init__(self) -> None:
         if not self.base > 0:
             raise ValueError(f"Rotary: base must be positive, got {self.base}")
+        if self.rope_parameters is not None:
+            object.__setattr__(self, "rope_parameters", dict(self.rope_parameters))
 
     @property
     def frequencies_of(self) -> Rotary:
@@ -122,9 +126,11 @@ class Rotary(Turning):
 
     def frequencies(self, D: int, length: int, device: torch.device) -> tuple[Tensor, float]:
         """Angles per unit of coordinate, [R / 2] float32, and the factor on cos and sin."""
-        if self.rope_parameters is None:
-            return _default_frequencies(self.base, D, device), 1.0
-        return _rope_frequencies(self.rope_parameters, D, length, device)
+        return _frequencies(self, D, self.that_matters(length), device)
+
+    def that_matters(self, length: int) -> int:
+        """The length as far as frequencies depend on it, so that caches serve all others."""
+        return length if (self.rope_parameters or {}).get("rope_type") in _BY_LENGTH else 0
 
     def queries(self, i: Tensor) -> list[Tensor]:
         return [i]
@@ -141,10 +147,22 @@ def turn(x: Tensor, position: Tensor, frequency: Tensor, factor: float) -> Tenso
 
 
 @functools.lru_cache(maxsize=16)
-def _table(frequency: tuple[float, ...], factor: float, span: tuple[int, int], device: torch.device) -> Tensor:
+def _table(rotary: Rotary, D: int, length: int, span: tuple[int, int], device: torch.device) -> Tensor:
     """cos then sin of the coordinates from one to before the other, [n, R] float32."""
-    angle = torch.arange(*span, device=device)[:, None] * torch.tensor(frequency, dtype=torch.float64, device=device)
+    frequency, factor = rotary.frequencies(D, length, device)
+    angle = torch.arange(*span, device=device)[:, None] * frequency.double()
     return (torch.cat([angle.cos(), angle.sin()], 1) * factor).float()
+
+
+# types whose frequencies depend on the length of the text
+_BY_LENGTH = ("dynamic", "longrope")
+
+
+@functools.lru_cache(maxsize=64)
+def _frequencies(rotary: Rotary, D: int, length: int, device: torch.device) -> tuple[Tensor, float]:
+    if rotary.rope_parameters is None:
+        return _default_frequencies(rotary.base, D, device), 1.0
+    return _rope_frequencies(rotary.rope_parameters, D, length, device)
 
 
 def _default_frequencies(base: float, R: int, device: torch.device) -> Tensor:
