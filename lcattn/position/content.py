@@ -56,7 +56,7 @@ class TransformerXL:
     """Transformer-XL's attention: score = scale * ((q_i + u_h) . k_j + (q_i + v_h) . r[h, o]), o = k_pos - q_pos.
 
     Args:
-        r: [H or 1, L, D] float; entry c is for offset min_offset + c, both ends clamp. `TransformerXL.sinusoid` makes it.
+        r: [H or 1, L, D] float; entry c is for offset min_offset + c, both ends clamp; `sinusoid` makes it.
         u, v: [H or 1, D] float, the biases of content and of position (XLNet's r_w_bias and r_r_bias).
         min_offset: the offset of entry 0.
 
