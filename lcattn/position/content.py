@@ -113,7 +113,7 @@ class TransformerXL:
 
 
 @functools.lru_cache(maxsize=64)
-def _deberta_buckets(span: int, max_distance: int | None, device: torch.device) -> tuple[Tensor, int]:
+def deberta_buckets(span: int, max_distance: int | None, device: torch.device) -> tuple[Tensor, int]:
     """Index into tables of 2 span entries for every offset up to where it no longer changes, and the first offset."""
     if max_distance is None:
         first = 1 - span
@@ -182,7 +182,7 @@ class Disentangled:
         for name, table in tables.items():
             _check_fit("Disentangled", name, table, q)
         some = next(iter(tables.values()))
-        index, first = _deberta_buckets(some.shape[1] // 2, self.max_distance, some.device)
+        index, first = deberta_buckets(some.shape[1] // 2, self.max_distance, some.device)
         by_offset = {name: table[:, index] for name, table in tables.items()}
         return Terms(
             rel_key=by_offset.get("rel_key"),

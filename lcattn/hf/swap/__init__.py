@@ -6,5 +6,7 @@ configuration stay, and giving the class back restores the model.
 
 from torch import nn
 
+from . import deberta, xlnet
+
 # the class of a transformers module -> ours, derived from it, with the forward of its own
-SWAPS: dict[type[nn.Module], type[nn.Module]] = {}
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {**deberta.SWAPS, **xlnet.SWAPS}
