@@ -218,6 +218,23 @@ def test_far_sinusoids_are_exact(seed: int) -> None:
     torch.testing.assert_close(position.r[0, 0], torch.tensor(want), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["t5", "disentangled"])
+def test_inference_first_and_training_after(name: str) -> None:
+    # distances that no other test asks for, since buckets are remembered
+    if name == "t5":
+        table = torch.randn(32, H, requires_grad=True)
+        position: lcattn.position.Position = lcattn.T5Bias(table, max_distance=77)
+    else:
+        table = torch.randn(H, 16, D, requires_grad=True)
+        position = lcattn.Disentangled(table, table, 77)
+    q, k, v = (torch.randn(1, H, 30, D) for _ in range(3))
+    with torch.inference_mode():
+        before = lcattn.attention(q, k, v, position=position)
+    after = lcattn.attention(q, k, v, position=position)
+    (grad,) = torch.autograd.grad(after.sum(), table)
+    assert torch.equal(before, after.detach()) and grad.abs().sum() > 0
+
+
 _TABLE, _BIAS = torch.zeros(H, 8, D), torch.zeros(H, D)
 
 

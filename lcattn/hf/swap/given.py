@@ -21,6 +21,8 @@ def once(read: Callable[..., Result]) -> Callable[..., Result]:
     """`read(values, *rest)`, remembered while the tensor `values` lives unchanged. Results must hold no view of it."""
     known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
+    # what a tracer would put in it are not tensors
+    @torch.compiler.disable
     def remembered(values: Tensor, *rest: Any) -> Result:
         if values.is_inference():
             # tensors of inference mode don't count their changes
@@ -28,9 +30,11 @@ def once(read: Callable[..., Result]) -> Callable[..., Result]:
         version, results = known.get(values, (None, {}))
         if version != values._version:
             known[values] = (values._version, results := {})
-        if rest not in results:
-            results[rest] = read(values, *rest)
-        return results[rest]
+        # what is made in inference mode serves no training
+        key = (torch.is_inference_mode_enabled(), *rest)
+        if key not in results:
+            results[key] = read(values, *rest)
+        return results[key]
 
     return remembered
 

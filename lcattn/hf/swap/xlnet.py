@@ -139,7 +139,7 @@ class XLNetAttention(xlnet.XLNetRelativeAttention):
             of_query, of_key = (hot[:, None].to(q.dtype) for hot in _segments(seg_mat))
             differs = self.seg_embed[0] - self.seg_embed[1]
             says = ((q + self.r_s_bias[:, None]) * differs[:, None]).sum(3, keepdim=True)
-            q = torch.cat([q, says * of_query], 3)
+            q = torch.cat([q, (says * of_query).to(q.dtype)], 3)
             k = torch.cat([k, of_key.expand(-1, k.shape[1], -1, -1)], 3)
             v, r, u_bias, v_bias = (F.pad(t, (0, of_key.shape[3])) for t in (v, r, u_bias, v_bias))
         mask = unmasked(T, S, q.device) if attn_mask is None else _mask(attn_mask, T, S)
