@@ -164,11 +164,15 @@ CHUNKS = (lcattn.Chunked(16) | lcattn.Global(3)) & lcattn.Causal()
         lcattn.RelativeBias(torch.randn(H, 32, requires_grad=True), -31),
         lcattn.T5Bias(torch.randn(32, H)),
         [lcattn.Rotary(), lcattn.Alibi.for_heads(H)],
+        lcattn.Shaw(torch.randn(1, 17, D, requires_grad=True), -16),
+        lcattn.TransformerXL(*(torch.randn(H, *n, D, requires_grad=True) for n in ((40,), (), ())), -39),
+        lcattn.Disentangled(*(torch.randn(H, 16, D, requires_grad=True) for _ in range(2)), 30),
     ],
-    ids=["none", "bias", "t5", "rotary_alibi"],
+    ids=["none", "bias", "t5", "rotary_alibi", "shaw", "transformer_xl", "disentangled"],
 )
 def test_attention_compiles_once_for_five_lengths(position) -> None:
-    tables = [position.table] if isinstance(position, lcattn.RelativeBias) else []
+    held = vars(position).values() if hasattr(position, "__dict__") else ()
+    tables = [t for t in held if isinstance(t, Tensor) and t.requires_grad]
     check_lengths(lambda q, k, v: lcattn.attention(q, k, v, layout=CHUNKS, position=position), draw, tables)
 
 

@@ -34,7 +34,9 @@ class RelativeBias:
         return Terms(bias=self.table[None], bias_min=self.min_offset)
 
 
+# remembered for training too, which takes no tensor of inference mode
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _t5_buckets(bidirectional: bool, n_buckets: int, max_distance: int, device: torch.device) -> Tensor:
     """Bucket of every offset from -max_distance to max_distance, beyond which buckets no longer change."""
     offset = torch.arange(-max_distance, max_distance + 1, device=device)

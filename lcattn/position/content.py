@@ -56,7 +56,7 @@ class TransformerXL:
     """Transformer-XL's attention: score = scale * ((q_i + u_h) . k_j + (q_i + v_h) . r[h, o]), o = k_pos - q_pos.
 
     Args:
-        r: [H or 1, L, D] float; entry c is for offset min_offset + c; `TransformerXL.sinusoid` makes it.
+        r: [H or 1, L, D] float; entry c is for offset min_offset + c, both ends clamp; `sinusoid` makes it.
         u, v: [H or 1, D] float, the biases of content and of position (XLNet's r_w_bias and r_r_bias).
         min_offset: the offset of entry 0.
 
@@ -112,8 +112,10 @@ class TransformerXL:
         return Terms(q=(q + u,), rel_key=self.r, rel_key_min=self.min_offset, qr=q + v)
 
 
+# remembered for training too, which takes no tensor of inference mode
 @functools.lru_cache(maxsize=64)
-def _deberta_buckets(span: int, max_distance: int | None, device: torch.device) -> tuple[Tensor, int]:
+@torch.inference_mode(False)
+def deberta_buckets(span: int, max_distance: int | None, device: torch.device) -> tuple[Tensor, int]:
     """Index into tables of 2 span entries for every offset up to where it no longer changes, and the first offset."""
     if max_distance is None:
         first = 1 - span
@@ -182,7 +184,7 @@ class Disentangled:
         for name, table in tables.items():
             _check_fit("Disentangled", name, table, q)
         some = next(iter(tables.values()))
-        index, first = _deberta_buckets(some.shape[1] // 2, self.max_distance, some.device)
+        index, first = deberta_buckets(some.shape[1] // 2, self.max_distance, some.device)
         by_offset = {name: table[:, index] for name, table in tables.items()}
         return Terms(
             rel_key=by_offset.get("rel_key"),
