@@ -162,14 +162,21 @@ class LongformerModel(modeling_longformer.LongformerModel):
         return 0, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
 
 
+class _OneRow(Tensor):
+    """A mask of which LED reads one row of keys, after expanding it to as many rows as there are queries."""
+
+    def expand(self, *sizes: Any) -> Tensor:  # type: ignore[override]
+        return self.as_subclass(Tensor)
+
+
 @replaces(modeling_led.LEDEncoder)
 class LEDEncoder(modeling_led.LEDEncoder):
-    """LED's encoder that does not fill up its input to whole windows."""
+    """LED's encoder that does not fill up its input to whole windows, nor expands its mask to [B, 1, T, T]."""
 
     def _pad_to_window_size(
         self, input_ids: Tensor | None, attention_mask: Tensor, inputs_embeds: Tensor | None, pad_token_id: int
     ) -> tuple[Any, ...]:
-        return 0, input_ids, attention_mask, inputs_embeds
+        return 0, input_ids, attention_mask.as_subclass(_OneRow), inputs_embeds
 
 
 @replaces(modeling_led.LEDDecoderAttention)
