@@ -4,6 +4,7 @@ from . import modules
 from .api import attention, attention_with_lse, merge
 from .layout import (
     Blocks,
+    Bridge,
     Causal,
     Chunked,
     Dilated,
@@ -15,6 +16,8 @@ from .layout import (
     Layout,
     PerHead,
     Random,
+    SelectedBlocks,
+    TopKBlocks,
     Window,
 )
 from .position import Alibi, RelativeBias, Rotary, T5Bias
@@ -24,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Alibi",
     "Blocks",
+    "Bridge",
     "Causal",
     "Chunked",
     "Dilated",
@@ -37,7 +41,9 @@ __all__ = [
     "Random",
     "RelativeBias",
     "Rotary",
+    "SelectedBlocks",
     "T5Bias",
+    "TopKBlocks",
     "Window",
     "attention",
     "attention_with_lse",
