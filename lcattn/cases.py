@@ -95,7 +95,7 @@ def _element_mask(draw: Draw, s: Shape) -> Layout:
 
 
 def _selected(draw: Draw, s: Shape) -> Layout:
-    block, lists = draw.choice((16, 64, 64, 128)), draw.choice((1, s.G, s.H))
+    block, lists = draw.choice((16, 64, 64, 128)), draw.choice([n for n in range(1, s.H + 1) if s.H % n == 0])
     first = draw.integer(-2, 1) + (s.S - s.T) // block
     shape = (draw.choice((1, s.B)), lists, s.T // block + 2, draw.integer(1, 4))
     blocks = draw.integers(-1, s.S // block + 2, *shape)

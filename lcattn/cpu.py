@@ -99,8 +99,8 @@ def _table(t: Tensor | None) -> Tensor | None:
 
 def _inputs(problem: Problem) -> tuple[BlockTable, list[Any]]:
     """The block table, and the kernels' inputs in order: q, k, v, phase_map, mask_tiles, ..., seed."""
-    B, H, _, T, S, _ = problem.sizes
-    table, row_start, default = call_table(problem.layout, problem.phases, B, H, T, S, problem.q_pos, problem.k_pos)
+    B, H, G, T, S, _ = problem.sizes
+    table, row_start, default = call_table(problem.layout, problem.phases, B, H, G, T, S, problem.q_pos, problem.k_pos)
     q_pos = k_pos = None
     if not default or problem.offset_q_pos is not None:
         q_pos, k_pos = (p.int().contiguous() for p in problem.offset_coordinates())

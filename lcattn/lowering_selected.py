@@ -39,12 +39,16 @@ def call_table(
     phases: tuple[Layout, ...],
     B: int,
     H: int,
+    G: int,
     T: int,
     S: int,
     q_pos: Tensor | None,
     k_pos: Tensor | None,
 ) -> tuple[BlockTable, int, bool]:
-    """`cached_table` for any layout: the table, the row of its first query, whether coordinates stay the defaults."""
+    """`cached_table` for any layout: the table, the row of its first query, whether coordinates stay the defaults.
+
+    Its tables are 1, G or H for each batch row: heads of a group that share all they see share one.
+    """
     if not any(_selections(part) for part in (layout, *phases)):
         return cached_table(layout, phases, B, H, T, S, q_pos, k_pos)
     start = run_start(T, S, q_pos, k_pos)
@@ -56,12 +60,33 @@ def call_table(
             base, _, _ = cached_table(nothing, phases, B, H, T, S, q_pos, k_pos)
             parts = [everything & phase for phase in phases] or [everything]
             by_index = any(part.by_index for part in parts)
-            per_head = base.seg_ptr.shape[1] > 1 or any(part.per_head for part in parts)
             sizes = (T, S) if by_index else (base.seg_ptr.shape[2] * _BLOCK,) * 2
-            table = _merge(base, parts, selected, (B, H, T, S), start, sizes, per_head)
+            table = _merge(base, parts, selected, (B, H, T, S), start, sizes, _n_tables(layout, phases, H, G))
             return table, start % _BLOCK, start < _BLOCK
-    given = lower(layout, T=T, S=S, phases=phases, batch=B, heads=H, q_pos=q_pos, k_pos=k_pos)
+    heads = _n_tables(layout, phases, H, G)
+    if heads == G < H:
+        layout, phases = _by_list(layout), tuple(map(_by_list, phases))
+    given = lower(layout, T=T, S=S, phases=phases, batch=B, heads=heads, q_pos=q_pos, k_pos=k_pos)
     return given, 0, start == 0
+
+
+def _n_tables(layout: Layout, phases: Sequence[Layout], H: int, G: int) -> int:
+    """How many tables tell the heads apart: 1, G or H."""
+    parts = (layout, *phases)
+    if not any(part.per_head for part in parts):
+        return 1
+    lists = {found.blocks.shape[1] for part in parts for found in _selections(part)}
+    static = [_with(part, put) for part in parts for put in (Full(), Not(Full()))]
+    return G if lists <= {1, G} and not any(part.per_head for part in static) else H
+
+
+def _by_list(layout: Layout) -> Layout:
+    """The layout with a list of each selection for a head."""
+
+    def ungrouped(leaf: Layout) -> Layout:
+        return SelectedBlocks(leaf.blocks, leaf.first, leaf.block) if isinstance(leaf, SelectedBlocks) else leaf
+
+    return layout.map_leaves(ungrouped)
 
 
 def _selections(layout: Layout) -> list[SelectedBlocks]:
@@ -135,19 +160,18 @@ def _merge(
     problem: tuple[int, int, int, int],
     start: int,
     sizes: tuple[int, int],
-    per_head: bool,
+    Ht: int,
 ) -> BlockTable:
     """The table of T queries from coordinate `start`, its first row the one in which that stands.
 
     Args:
         base: the table with nothing selected; parts: for each phase, the layout with everything selected.
         problem: B, H, T, S; sizes: queries and keys of the grid on which parts are classed.
-        per_head: whether anything but the selection differs between heads.
+        Ht: tables for each batch row, 1, G or H.
     """
     B, H, T, S = problem
     first_row, n_rows = start // _BLOCK, (start + T - 1) // _BLOCK - start // _BLOCK + 1
     Bt = B if base.seg_ptr.shape[0] > 1 or selected.per_batch or any(part.per_batch for part in parts) else 1
-    Ht = H if per_head else selected.blocks.shape[1]
     keys = _Keys(n_rows, base.seg_ptr_t.shape[2])
     chosen = _chosen(selected, Bt, Ht, H, first_row, -(-S // _BLOCK), keys)
     table = keys.table(chosen)

@@ -189,7 +189,7 @@ JOINS = {
 }
 
 
-@pytest.mark.parametrize("block", [64, 24, 128])
+@pytest.mark.parametrize("block", [64, 24])
 @pytest.mark.parametrize("join", JOINS)
 def test_joined_with_each_layout_within_the_budget(join, block, seed):
     draw = Draw(seed)
@@ -230,13 +230,13 @@ def test_every_kind_of_call_within_the_budget(kind, seed):
 
 @st.composite
 def selections(draw):
-    """An expression with one selection or more, sizes, and the coordinate of the first query."""
+    """An expression with a selection in it, and sizes."""
     heads, batch = draw(st.sampled_from((1, 2, 4))), draw(st.integers(1, 2))
     S = draw(st.integers(1, 400))
     T = draw(st.integers(1, S))
     block = draw(st.sampled_from((64, 64, 128, 32)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    lists = draw(st.sampled_from(sorted({1, heads, max(heads // 2, 1)})))
+    lists, groups = (draw(st.sampled_from(sorted({1, heads, max(heads // 2, 1)}))) for _ in range(2))
     shape = (draw(st.sampled_from((1, batch))), lists, draw(st.integers(1, 8)), draw(st.integers(0, 4)))
     blocks = torch.randint(-1, S // block + 2, shape, generator=generator)
     first = torch.randint(-1, 3, (draw(st.sampled_from((1, batch))),), generator=generator)
@@ -244,17 +244,17 @@ def selections(draw):
     for _ in range(draw(st.integers(0, 3))):
         other = draw(leaves(T, S, heads, batch))
         layout = layout & other if draw(st.booleans()) else other | layout
-    return layout, T, S, heads, batch
+    return layout, T, S, heads, groups, batch
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(selections(), st.booleans())
 def test_table_is_visible(drawn, in_phases):
-    layout, T, S, heads, batch = drawn
+    layout, T, S, heads, groups, batch = drawn
     near = lcattn.Window(50, 5)
     phases = (near, Not(near)) if in_phases else ()
-    table, row, _ = call_table(layout, phases, batch, heads, T, S, None, None)
-    assert table.seg_ptr.shape[1] in (1, heads) or heads % table.seg_ptr.shape[1] == 0
+    table, row, _ = call_table(layout, phases, batch, heads, groups, T, S, None, None)
+    assert table.seg_ptr.shape[1] in (1, groups, heads)
     for phase, part in enumerate(phases or (lcattn.Full(),)):
         want = dense(layout & part, T, S, heads, batch)
         got = table.to_dense(row + T, S, phase)[:, :, row:]
@@ -266,7 +266,7 @@ def test_table_is_visible(drawn, in_phases):
 def test_a_table_names_no_pair_twice(seed):
     q, k, _ = tensors(Draw(seed), Shape(1, 2, 2, 700, 700, 8))
     layout = (lcattn.Chunked(100) | TopKBlocks(3).select(q, k)) & lcattn.Causal()
-    table, _, _ = call_table(layout, (), 1, 2, 700, 700, None, None)
+    table, _, _ = call_table(layout, (), 1, 2, 2, 700, 700, None, None)
     found = [pair[:4] for pair in pairs(table.seg_ptr, table.entries, False)]
     assert len(found) == len(set(found))
 

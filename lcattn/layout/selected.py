@@ -223,7 +223,7 @@ class TopKBlocks(Layout):
         k_pos: Tensor | None = None,
         key_mask: Tensor | None = None,
     ) -> SelectedBlocks:
-        """The blocks chosen for a call; q: [B, H, T, D], k: [B, G, S, D], coordinates and mask as in `attention`."""
+        """The blocks chosen for a call; q: [B, H, T, D], k: [B, G, S, D], coordinates and mask as in a `Problem`."""
         with torch.no_grad():
             return self._select(q.detach(), k.detach(), q_pos, k_pos, key_mask)
 
@@ -234,10 +234,7 @@ class TopKBlocks(Layout):
         if q_pos is None and T > S:
             raise ValueError(f"TopKBlocks: {T} queries stand at the end of {S} keys; give q_pos where T > S")
         if q_pos is None and k_pos is None:
-            first_q, first_k = (
-                torch.full((1,), S - T, device=q.device),
-                torch.zeros(1, dtype=torch.long, device=q.device),
-            )
+            first_q = torch.full((1,), S - T, device=q.device)
             n_k = (S - 1) // block
             n_q = n_k - (S - T) // block + 1
             keys = k[:, :, : n_k * block]
@@ -253,7 +250,8 @@ class TopKBlocks(Layout):
             at = (start - first_k)[:, None] + torch.arange(n_k * block, device=q.device)
             seen = (at >= 0) & (at < S)
             at = at.clamp(0, S - 1)
-            keys = k.gather(2, at[:, None, :, None].expand(len(k), G, -1, k.shape[3]))
+            rows, heads = (torch.arange(n, device=q.device) for n in (len(k), G))
+            keys = k[rows[:, None, None], heads[:, None], at[:, None]]
             if key_mask is not None:
                 seen = seen & key_mask.expand(len(k), S).gather(1, at.expand(len(k), -1))
         first = torch.div(first_q, block, rounding_mode="floor")
@@ -264,7 +262,9 @@ class TopKBlocks(Layout):
             occupied = seen.unflatten(1, (n_k, block)).any(2)
         column = torch.arange(n_k, device=q.device) + (first + n_q - 1 - n_k)[:, None]
         row = torch.arange(n_q, device=q.device) + first[:, None]
-        may = (column[:, None, :] < row[:, :, None]) & (occupied & (column >= 0))[:, None, :]
+        # room for more rows than there are blocks of queries asks nothing of a scorer
+        may = (column[:, None, :] < row[:, :, None]) & (row * block < first_q[:, None] + T)[:, :, None]
+        may = may & (occupied & (column >= 0))[:, None, :]
         scores = self._scores(q, keys, row * block - first_q[:, None], may[:, None])
         # an order that has no equals: by score, then the earlier block
         bits = (scores.float() + 0.0).view(torch.int32).long()
