@@ -4,6 +4,7 @@ from . import modules
 from .api import attention, attention_with_lse, merge
 from .layout import (
     Blocks,
+    Bridge,
     Causal,
     Chunked,
     Dilated,
@@ -15,6 +16,8 @@ from .layout import (
     Layout,
     PerHead,
     Random,
+    SelectedBlocks,
+    TopKBlocks,
     Window,
 )
 from .position import (
@@ -35,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Alibi",
     "Blocks",
+    "Bridge",
     "Causal",
     "Chunked",
     "Dilated",
@@ -51,9 +55,11 @@ __all__ = [
     "ReRoPE",
     "RelativeBias",
     "Rotary",
+    "SelectedBlocks",
     "SelfExtend",
     "Shaw",
     "T5Bias",
+    "TopKBlocks",
     "TransformerXL",
     "Window",
     "attention",

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops
 from . import position as positions
 from .dispatch import check_name
-from .layout import Full, Layout
+from .layout import Full, Layout, TopKBlocks
 from .position import Position
 from .problem import Problem
 
@@ -162,10 +162,14 @@ def make_problem(
         raise ValueError(f"key_mask: expected [{B} or 1, {S}] bool, got {list(key_mask.shape)} {key_mask.dtype}")
     q_pos = _check_coordinates("q_pos", q_pos, B, T)
     k_pos = _check_coordinates("k_pos", k_pos, B, S)
-    terms = positions.lower(position, q, k, v, q_pos, k_pos)
     for name, tensor in (("sink", sink), ("key_mask", key_mask), ("q_pos", q_pos), ("k_pos", k_pos)):
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"{name}: expected device {q.device}, as q, got {tensor.device}")
+    if layout.by_content:
+        layout = layout.map_leaves(
+            lambda leaf: leaf.select(q, k, q_pos, k_pos, key_mask) if isinstance(leaf, TopKBlocks) else leaf
+        )
+    terms = positions.lower(position, q, k, v, q_pos, k_pos)
     return Problem(
         q=terms.q or (q,),
         k=terms.k or (k,),

@@ -94,6 +94,14 @@ def _element_mask(draw: Draw, s: Shape) -> Layout:
     return layouts.Blocks(draw.uniform(s.B, 1, s.T, s.S) < 0.4, 1)
 
 
+def _selected(draw: Draw, s: Shape) -> Layout:
+    block, lists = draw.choice((16, 64, 64, 128)), draw.choice([n for n in range(1, s.H + 1) if s.H % n == 0])
+    first = draw.integer(-2, 1) + (s.S - s.T) // block
+    shape = (draw.choice((1, s.B)), lists, s.T // block + 2, draw.integer(1, 4))
+    blocks = draw.integers(-1, s.S // block + 2, *shape)
+    return layouts.SelectedBlocks(blocks, torch.tensor([first]), block, s.H // lists)
+
+
 LAYOUTS: dict[str, Callable[[Draw, Shape], Layout]] = {
     "full": lambda draw, s: layouts.Full(),
     "causal": lambda draw, s: layouts.Causal(),
@@ -106,6 +114,8 @@ LAYOUTS: dict[str, Callable[[Draw, Shape], Layout]] = {
     "chunked_global": lambda draw, s: (layouts.Chunked(draw.integer(30, 70)) | layouts.Global(5)) & layouts.Causal(),
     "global": lambda draw, s: layouts.Global(every=draw.integer(20, 90)) | layouts.Window(9, 9),
     "global_at": lambda draw, s: layouts.Global(indices=(3, 40, 100)) | layouts.Window(20, 0),
+    "bridge": lambda draw, s: layouts.Bridge(draw.integer(1, 90)) | layouts.Window(5, 5),
+    "bridge_causal": lambda draw, s: (layouts.Chunked(45, 0) | layouts.Bridge(45)) & layouts.Causal(),
     "dilated": lambda draw, s: layouts.Dilated(draw.integer(1, 9), draw.integer(1, 9), draw.integer(2, 9)),
     "random": lambda draw, s: layouts.Random(draw.integer(8, 64), 2, draw.integer(0, 999)) | layouts.Window(8, 8),
     "documents": _documents,
@@ -113,11 +123,20 @@ LAYOUTS: dict[str, Callable[[Draw, Shape], Layout]] = {
     "mask_mod": _mask_mod,
     "blocks": _block_mask,
     "mask": _element_mask,
+    "selected": lambda draw, s: _selected(draw, s) | layouts.Window(8, 8),
+    "selected_causal": lambda draw, s: (layouts.Chunked(50) | _selected(draw, s)) & layouts.Causal(),
     "per_head": lambda draw, s: layouts.PerHead(tuple(layouts.Window(h * 7, h * 5) for h in range(s.H))),
 }
 
 # layouts in which no query sees a key after itself, for the causality and decoding properties
-CAUSAL_LAYOUTS: tuple[str, ...] = ("causal", "chunked_causal", "chunked_global", "documents_causal")
+CAUSAL_LAYOUTS: tuple[str, ...] = (
+    "causal",
+    "chunked_causal",
+    "chunked_global",
+    "bridge_causal",
+    "documents_causal",
+    "selected_causal",
+)
 
 
 def _table(draw: Draw, s: Shape, *shape: int) -> Tensor:

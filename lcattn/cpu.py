@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lowering import BlockTable, cached_table
+from .lowering import BlockTable
+from .lowering_selected import call_table
 from .problem import TERMS, Gradients, Problem
 
 try:
@@ -104,8 +105,8 @@ def _table(t: Tensor | None) -> Tensor | None:
 
 def _inputs(problem: Problem) -> tuple[BlockTable, list[Any]]:
     """The block table, and the kernels' inputs in order: q, k, v, phase_map, mask_tiles, ..., seed."""
-    B, H, _, T, S, _ = problem.sizes
-    table, row_start, default = cached_table(problem.layout, problem.phases, B, H, T, S, problem.q_pos, problem.k_pos)
+    B, H, G, T, S, _ = problem.sizes
+    table, row_start, default = call_table(problem.layout, problem.phases, B, H, G, T, S, problem.q_pos, problem.k_pos)
     q_pos = k_pos = None
     if not default or problem.offset_q_pos is not None:
         q_pos, k_pos = (p.int().contiguous() for p in problem.offset_coordinates())

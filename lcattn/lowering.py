@@ -93,7 +93,7 @@ def _run_lengths(seg_ptr: Tensor, entries: Tensor) -> Tensor:
     return torch.where(kind, 1, entries[:, 1])
 
 
-class _Axis:
+class Axis:
     """One side of the grid: n coordinates, in blocks, with the extent of any aligned power-of-two group of blocks."""
 
     def __init__(self, n: int, block: int, positions: Tensor | None, start: int) -> None:
@@ -145,7 +145,7 @@ class _Axis:
 class Region:
     """Rectangles of the grid at one level, as `Layout.bounds` sees them; ranges are inclusive."""
 
-    def __init__(self, grid: _Grid, level: int, q_node: Tensor, k_node: Tensor) -> None:
+    def __init__(self, grid: Grid, level: int, q_node: Tensor, k_node: Tensor) -> None:
         self.grid, self.level, self.q_node, self.k_node = grid, level, q_node, k_node
         self.q_lo, self.q_hi = grid.q.coordinates(level, q_node)
         self.k_lo, self.k_hi = grid.k.coordinates(level, k_node)
@@ -176,10 +176,10 @@ class Region:
         return self.grid.k.extent(key, self.memo(key, lambda: values(self.b)), self.level, self.k_node)
 
 
-class _Grid:
+class Grid:
     """The blocks of one (b, h): both axes and what layouts remember while it is classed."""
 
-    def __init__(self, q: _Axis, k: _Axis, b: int, h: int) -> None:
+    def __init__(self, q: Axis, k: Axis, b: int, h: int) -> None:
         self.q, self.k, self.b, self.h = q, k, b, h
         self.memo: dict[Any, Any] = {}
 
@@ -241,23 +241,28 @@ class _Grid:
 
 
 @dataclass
-class _Found:
-    """What classing one (b, h, phase) found: full rectangles, and tiled blocks with their tile numbers."""
+class Found:
+    """What classing found of one phase: full rectangles and tiled blocks, each with the table (b, h) it is of.
 
-    row: int
+    Attributes:
+        phase: the phase; full: [n, 4] (q_block, rows, k_block, columns), full_table: [n]; q_block, k_block, tile,
+            table: [m].
+    """
+
     phase: int
+    full_table: Tensor
     full: Tensor
+    table: Tensor
     q_block: Tensor
     k_block: Tensor
     tile: Tensor
 
 
-def _find(grid: _Grid, layout: Layout, first_tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Full rectangles, tiled blocks (q_block, k_block, tile number) and the new tiles of one grid."""
-    full, q_block, k_block = grid.classify(layout)
+def find_tiles(grid: Grid, layout: Layout, q_block: Tensor, k_block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mixed blocks by their elements: which are full, the tile number of each (-1: full or empty), and the tiles."""
     words = -(-grid.k.block // 32)
     if not len(q_block):
-        return full, q_block, k_block, q_block, torch.empty(0, grid.q.block, words, dtype=torch.int32)
+        return q_block > 0, q_block, torch.empty(0, grid.q.block, words, dtype=torch.int32)
     ids = grid.tile_ids(layout, q_block, k_block)
     n_ids = int(ids.max()) + 1
     # a block that the lengths cut is judged by its inside alone, so it stands for itself
@@ -272,19 +277,23 @@ def _find(grid: _Grid, layout: Layout, first_tile: int) -> tuple[Tensor, Tensor,
     tiles &= inside
     empty = (tiles == 0).flatten(1).all(1)[ids]
     solid = (tiles == inside).flatten(1).all(1)[ids]
-    one = torch.ones_like(q_block)
-    full = torch.cat([full, torch.stack([q_block, one, k_block, one], 1)[solid]])
     keep = ~empty & ~solid
-    used, tile = torch.unique(ids[keep], return_inverse=True)
-    return full, q_block[keep], k_block[keep], tile + first_tile, tiles[used]
+    used, number = torch.unique(ids[keep], return_inverse=True)
+    return solid, torch.full_like(ids, -1).masked_scatter_(keep, number), tiles[used]
 
 
-def _expand(full: Tensor, transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
+def single_blocks(q_block: Tensor, k_block: Tensor) -> Tensor:
+    """Blocks as rectangles [n, 4]."""
+    one = torch.ones_like(q_block)
+    return torch.stack([q_block, one, k_block, one], 1)
+
+
+def _expand(full: Tensor, first_row: Tensor, transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Rectangles as runs: row, first block, count; adjacent runs of a row are joined by `_merge`."""
     first, rows, block, count = (full[:, i] for i in ((2, 3, 0, 1) if transpose else (0, 1, 2, 3)))
     which = torch.repeat_interleave(torch.arange(len(full)), rows)
     within = torch.arange(len(which)) - torch.repeat_interleave(rows.cumsum(0) - rows, rows)
-    return first[which] + within, block[which], count[which]
+    return (first_row + first)[which] + within, block[which], count[which]
 
 
 def _merge(row: Tensor, block: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -300,18 +309,17 @@ def _merge(row: Tensor, block: Tensor, count: Tensor) -> tuple[Tensor, Tensor, T
     return row[starts], block[starts], total
 
 
-def _assemble(
-    found: Sequence[_Found], n_tables: int, n_rows: int, n_phases: int, transpose: bool
+def assemble(
+    found: Sequence[Found], n_tables: int, n_rows: int, n_phases: int, transpose: bool
 ) -> tuple[Tensor, Tensor]:
     """seg_ptr [n_tables * n_rows, 2 P + 1] and entries of one direction."""
     segments, blocks, payloads = [], [], []
     for part in found:
-        run_row, run_block, run_count = _merge(*_expand(part.full, transpose))
+        runs = _merge(*_expand(part.full, part.full_table * n_rows, transpose))
         tile_row, tile_block = (part.k_block, part.q_block) if transpose else (part.q_block, part.k_block)
-        for kind, (row, block, payload) in enumerate(
-            ((run_row, run_block, run_count), (tile_row, tile_block, part.tile))
-        ):
-            segments.append((part.row * n_rows + row) * (2 * n_phases) + 2 * part.phase + kind)
+        tiled = (part.table * n_rows + tile_row, tile_block, part.tile)
+        for kind, (row, block, payload) in enumerate((runs, tiled)):
+            segments.append(row * (2 * n_phases) + 2 * part.phase + kind)
             blocks.append(block)
             payloads.append(payload)
     segment, block, payload = torch.cat(segments), torch.cat(blocks), torch.cat(payloads)
@@ -352,24 +360,39 @@ def lower(
     by_position = any(p is not None and p.shape[0] > 1 for p in positions)
     Bt = batch if by_position or any(part.per_batch for part in split) else 1
     Ht = heads if any(part.per_head for part in split) else 1
-    found: list[_Found] = []
+    found: list[Found] = []
     tiles = [torch.empty(0, block_q, -(-block_k // 32), dtype=torch.int32)]
     n_tiles = 0
     for b in range(Bt):
         q_row, k_row = (None if p is None else p[b if p.shape[0] > 1 else 0] for p in positions)
         for h in range(Ht):
-            grid = _Grid(_Axis(T, block_q, q_row, S - T), _Axis(S, block_k, k_row, 0), b, h)
+            grid = Grid(Axis(T, block_q, q_row, S - T), Axis(S, block_k, k_row, 0), b, h)
             for phase, part in enumerate(split):
-                full, q_block, k_block, tile, new = _find(grid, part, n_tiles)
-                found.append(_Found(b * Ht + h, phase, full, q_block, k_block, tile))
+                full, q_block, k_block = grid.classify(part)
+                solid, tile, new = find_tiles(grid, part, q_block, k_block)
+                full = torch.cat([full, single_blocks(q_block, k_block)[solid]])
+                kept = tile >= 0
+                q_block, k_block, tile = q_block[kept], k_block[kept], tile[kept] + n_tiles
+                table = b * Ht + h
+                found.append(
+                    Found(
+                        phase,
+                        torch.full((len(full),), table),
+                        full,
+                        torch.full_like(tile, table),
+                        q_block,
+                        k_block,
+                        tile,
+                    )
+                )
                 tiles.append(new)
                 n_tiles += len(new)
     mask_tiles, renumber = _unique_tiles(torch.cat(tiles))
     for piece in found:
         piece.tile = renumber[piece.tile]
     n_q, n_k = -(-T // block_q), -(-S // block_k)
-    seg_ptr, entries = _assemble(found, Bt * Ht, n_q, len(split), transpose=False)
-    seg_ptr_t, entries_t = _assemble(found, Bt * Ht, n_k, len(split), transpose=True)
+    seg_ptr, entries = assemble(found, Bt * Ht, n_q, len(split), transpose=False)
+    seg_ptr_t, entries_t = assemble(found, Bt * Ht, n_k, len(split), transpose=True)
     return BlockTable(
         seg_ptr.reshape(Bt, Ht, n_q, -1),
         entries,
@@ -428,6 +451,17 @@ def _capacity(n: int) -> int:
     return max(64, 1 << (n - 1).bit_length())
 
 
+def run_start(T: int, S: int, q_pos: Tensor | None, k_pos: Tensor | None) -> int | None:
+    """The first query's coordinate where keys stand at 0, 1, ... and queries in one run; None where they do not."""
+    if k_pos is not None:
+        return None
+    if q_pos is None:
+        return S - T
+    start = int(q_pos[0, 0])
+    run = q_pos.shape[0] == 1 and bool((q_pos[0] == torch.arange(start, start + T, device=q_pos.device)).all())
+    return start if run else None
+
+
 def cached_table(
     layout: Layout,
     phases: tuple[Layout, ...],
@@ -444,20 +478,16 @@ def cached_table(
     power-of-two capacity shared by all lengths and by every step of decoding. Anything else is lowered as given and
     remembered by content.
     """
-    start = S - T
-    plain = k_pos is None
-    if plain and q_pos is not None:
-        start = int(q_pos[0, 0])
-        plain = q_pos.shape[0] == 1 and bool((q_pos[0] == torch.arange(start, start + T, device=q_pos.device)).all())
+    start = run_start(T, S, q_pos, k_pos)
     split = (layout, *phases)
-    if plain and start >= 0 and not any(part.by_index for part in split):
+    if start is not None and start >= 0 and not any(part.by_index for part in split):
         n = _capacity(max(S, start + T))
         key: tuple[Any, ...] = (tuple(part.spec for part in split), n, H if any(p.per_head for p in split) else 1)
         return _cache.get(key, lambda: lower(layout, T=n, S=n, phases=phases, heads=H)), start, True
-    if plain and q_pos is None and start < 0:
+    if start is not None and q_pos is None and start < 0:
         q_pos = torch.arange(start, S)[None]
     tensors = [t for part in split for t in part.tensors]
     content = tuple(_digest(t) for t in (*tensors, q_pos, k_pos))
     key = (tuple(part.spec for part in split), B, H, T, S, content)
     make = functools.partial(lower, layout, T=T, S=S, phases=phases, batch=B, heads=H, q_pos=q_pos, k_pos=k_pos)
-    return _cache.get(key, make), 0, plain and start == 0
+    return _cache.get(key, make), 0, start == 0

@@ -18,7 +18,7 @@ lengths = st.integers(1, 200)
 def leaves(draw, T, S, heads, batch):
     """Any layout but a joined one."""
     small = st.integers(0, 90)
-    kind = draw(st.integers(0, 12))
+    kind = draw(st.integers(0, 14))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     if kind == 0:
         return lcattn.Full()
@@ -53,6 +53,14 @@ def leaves(draw, T, S, heads, batch):
         return lcattn.Blocks(torch.rand(shape, generator=generator) < 0.5, block)
     if kind == 11:
         return lcattn.FromMaskMod(lambda b, h, q_idx, kv_idx: (q_idx * 3 + kv_idx + h + b) % 5 < 3)
+    if kind == 12:
+        return lcattn.Bridge(draw(st.integers(1, 90)))
+    if kind == 13:
+        block, lists = draw(st.sampled_from((7, 16, 50, 64, 128))), draw(st.sampled_from((1, heads)))
+        shape = (draw(st.sampled_from((1, batch))), lists, draw(st.integers(1, 5)), draw(st.integers(1, 4)))
+        blocks = torch.randint(-1, S // block + 2, shape, generator=generator)
+        first = torch.randint(-2, 3, (draw(st.sampled_from((1, batch))),), generator=generator)
+        return lcattn.SelectedBlocks(blocks, first, block, heads // lists)
     return lcattn.PerHead([lcattn.Window(3 * h, h) for h in range(heads)])
 
 
@@ -189,10 +197,11 @@ class Count:
     [
         (lcattn.Chunked(512) | lcattn.Global(16)) & lcattn.Causal(),
         (lcattn.Window(700, 700) | lcattn.Random(64, 2)) & lcattn.Causal(),
+        (lcattn.Chunked(512, 0) | lcattn.Bridge(512)) & lcattn.Causal(),
         lcattn.Causal() & lcattn.Documents(cu_seqlens=torch.arange(0, 2**17 + 1, 1024)),
         lcattn.Full() & lcattn.Causal(),
     ],
-    ids=["chunked", "random", "documents", "causal"],
+    ids=["chunked", "random", "bridge", "documents", "causal"],
 )
 def test_lowering_costs_its_entries(layout, monkeypatch):
     n = 2**17
@@ -248,6 +257,13 @@ def test_random_is_the_same_whatever_the_length():
         (lambda: lcattn.Global(0), "first"),
         (lambda: lcattn.Dilated(1, 1, 0), "step"),
         (lambda: lcattn.Random(0, 1), "block"),
+        (lambda: lcattn.Bridge(0), "every"),
+        (lambda: lcattn.SelectedBlocks(torch.zeros(1, 1, 1), torch.zeros(1)), "blocks"),
+        (lambda: lcattn.SelectedBlocks(torch.zeros(1, 1, 1, 1, dtype=torch.int), torch.zeros(1)), "first"),
+        (lambda: lcattn.TopKBlocks(0), "k must"),
+        (lambda: lcattn.TopKBlocks(1, 0), "block"),
+        (lambda: lcattn.TopKBlocks(1, scorer=3), "scorer"),
+        (lambda: lcattn.TopKBlocks(1, per="query"), "per"),
         (lambda: lcattn.Documents(), "either"),
         (lambda: lcattn.Documents(torch.zeros(1, 3)), "ids"),
         (lambda: lcattn.Blocks(torch.zeros(1, 1, 2, 2)), "mask"),
@@ -268,6 +284,18 @@ def test_bad_layouts_name_what_is_wrong(make, word):
 def test_joining_with_something_else_is_a_type_error():
     with pytest.raises(TypeError, match="int"):
         lcattn.Full() & 3
+
+
+def test_bridges_carry_across_joins():
+    layout = (lcattn.Chunked(4, 0) | lcattn.Bridge(4)) & lcattn.Causal()
+    rows = [torch.nonzero(row).flatten().tolist() for row in dense(layout, 12, 12, 1, 1)[0, 0]]
+    assert rows[6] == [3, 4, 5, 6]
+    assert rows[10] == [3, 7, 8, 9, 10]
+    assert rows[11] == [3, 7, 8, 9, 10, 11]
+    # alone and two-sided: every bridge is seen by all, and sees its own chunk
+    alone = [torch.nonzero(row).flatten().tolist() for row in dense(lcattn.Bridge(4), 12, 12, 1, 1)[0, 0]]
+    assert alone[5] == [3, 7, 11]
+    assert alone[7] == [3, 4, 5, 6, 7, 11]
 
 
 def test_from_block_mask_is_flex_attentions_mask():

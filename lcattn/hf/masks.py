@@ -153,7 +153,7 @@ class Mask:
             layout = layout | Global(indices=tuple(range(-prefix, 0)))
         if self.kv_offset and self.q_offset is not None:
             for first in set((self.q_offset - self._left_padding(prefix) - prefix).tolist()):
-                if _reaches(layout, first, T, first - self.q_offset, self.kv_offset):
+                if layout.by_content or _reaches(layout, first, T, first - self.q_offset, self.kv_offset):
                     raise ValueError(
                         f"lcattn.hf.use: {layout} sees keys that the model's sliding-window cache dropped;"
                         " pass past_key_values=transformers.DynamicCache(), which keeps them all"

@@ -44,6 +44,7 @@ class Layout:
         tensors: tensors the layout reads (`Documents`, `Blocks`); they travel beside the spec.
         per_batch, per_head: whether the pattern differs between batch rows or heads.
         by_index: whether the pattern reads plain indices or lengths, not only coordinates.
+        by_content: whether the pattern depends on q and k and must first be selected (`TopKBlocks`).
     """
 
     spec: str
@@ -51,6 +52,7 @@ class Layout:
     per_batch: bool = False
     per_head: bool = False
     by_index: bool = False
+    by_content: bool = False
 
     def visible(self, q_pos: Tensor, k_pos: Tensor, ctx: Context) -> Tensor:
         """Whether query coordinates see key coordinates: bool, of the broadcast shape of all arguments."""
@@ -71,6 +73,10 @@ class Layout:
 
     def check(self, B: int, H: int, T: int, S: int) -> None:
         """Raises ValueError if the layout cannot serve these sizes."""
+
+    def map_leaves(self, change: Callable[[Layout], Layout]) -> Layout:
+        """The same expression with every layout that is not made of layouts changed."""
+        return change(self)
 
     def block_table(
         self, T: int, S: int, block_q: int = 64, block_k: int = 64, device: torch.device | str = "cpu"
@@ -144,6 +150,11 @@ class Joined(Layout):
         tensors = tuple(t for part in self.parts for t in part.tensors)
         set_fields(self, spec=spec, tensors=tensors, by_index=any(p.by_index for p in self.parts))
         set_fields(self, per_batch=any(p.per_batch for p in self.parts), per_head=any(p.per_head for p in self.parts))
+        set_fields(self, by_content=any(p.by_content for p in self.parts))
+
+    def map_leaves(self, change: Callable[[Layout], Layout]) -> Layout:
+        kind: Any = type(self)
+        return kind(tuple(part.map_leaves(change) for part in self.parts))
 
     def check(self, B: int, H: int, T: int, S: int) -> None:
         for part in self.parts:
@@ -204,6 +215,10 @@ class Not(Layout):
     def __post_init__(self) -> None:
         set_fields(self, spec=f"Not({self.part.spec})", tensors=self.part.tensors, by_index=self.part.by_index)
         set_fields(self, per_batch=self.part.per_batch, per_head=self.part.per_head)
+        set_fields(self, by_content=self.part.by_content)
+
+    def map_leaves(self, change: Callable[[Layout], Layout]) -> Layout:
+        return Not(self.part.map_leaves(change))
 
     def check(self, B: int, H: int, T: int, S: int) -> None:
         self.part.check(B, H, T, S)

@@ -150,6 +150,15 @@ class Blocks(Layout):
 CALLABLES: list[Callable[..., Any]] = []
 
 
+def callable_number(function: Callable[..., Any]) -> int:
+    """Where `CALLABLES` holds a function, for specs to name it by."""
+    known = next((i for i, f in enumerate(CALLABLES) if f is function), None)
+    if known is None:
+        known = len(CALLABLES)
+        CALLABLES.append(function)
+    return known
+
+
 @register
 @dataclass(frozen=True, repr=False, eq=False)
 class FromMaskMod(Layout):
@@ -164,10 +173,7 @@ class FromMaskMod(Layout):
     def __post_init__(self) -> None:
         if not callable(self.mask_mod):
             raise ValueError(f"FromMaskMod: mask_mod must be callable as f(b, h, q_idx, kv_idx), got {self.mask_mod!r}")
-        known = next((i for i, f in enumerate(CALLABLES) if f is self.mask_mod), None)
-        if known is None:
-            known = len(CALLABLES)
-            CALLABLES.append(self.mask_mod)
+        known = callable_number(self.mask_mod)
         per_batch, per_head = reads_batch_and_head(self.mask_mod)
         set_fields(self, spec=f"FromMaskMod({known})", by_index=True, per_batch=per_batch, per_head=per_head)
 

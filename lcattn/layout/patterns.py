@@ -194,6 +194,57 @@ class Global(Layout):
 
 @register
 @dataclass(frozen=True, repr=False, eq=False)
+class Bridge(Layout):
+    """Bridge tokens carry what their chunk says across its joins: the last token of each chunk of `every`.
+
+    Coordinate x is a bridge iff (x + 1) % every == 0; its chunk is x // every. All tokens see every bridge, and a
+    bridge sees its own chunk. So in `(Chunked(512, 0) | Bridge(512)) & Causal()` a chunk hears of earlier ones through
+    their bridges only.
+    """
+
+    every: int
+
+    def __post_init__(self) -> None:
+        check_int("Bridge", "every", self.every, 1)
+        set_fields(self, spec=f"Bridge({self.every})")
+
+    def _chunk_of(self, position: Tensor) -> Tensor:
+        return torch.div(position, self.every, rounding_mode="floor")
+
+    def _bridges(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """First and last chunk whose bridge lies in [low, high]; first > last where there is none."""
+        return self._chunk_of(low), self._chunk_of(high + 1) - 1
+
+    def visible(self, q_pos: Tensor, k_pos: Tensor, ctx: Context) -> Tensor:
+        q_bridge, k_bridge = (torch.remainder(x + 1, self.every) == 0 for x in (q_pos, k_pos))
+        return k_bridge | (q_bridge & (self._chunk_of(q_pos) == self._chunk_of(k_pos)))
+
+    def _own(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Tensor:
+        """Whether keys may lie in the chunk of a bridge among the queries."""
+        first, last = self._bridges(q_lo, q_hi)
+        return torch.maximum(first, self._chunk_of(k_lo)) <= torch.minimum(last, self._chunk_of(k_hi))
+
+    def bounds(self, region: Region) -> Bounds:
+        q_lo, q_hi, k_lo, k_hi = region.q_lo, region.q_hi, region.k_lo, region.k_hi
+        (q_first, q_last), (k_first, k_last) = self._bridges(q_lo, q_hi), self._bridges(k_lo, k_hi)
+        all_q, all_k = q_last - q_first == q_hi - q_lo, k_last - k_first == k_hi - k_lo
+        one_chunk = (self._chunk_of(k_lo) == self._chunk_of(k_hi)) & (q_first == q_last)
+        own = self._own(q_lo, q_hi, k_lo, k_hi)
+        return (k_first <= k_last) | own, all_k | (all_q & own & one_chunk)
+
+    def _mixed_key(self, region: Region) -> list[Tensor]:
+        q_lo, k_lo = region.q_lo, region.k_lo
+        k_first, k_last = self._bridges(k_lo, k_lo + region.block_k - 1)
+        own = self._own(q_lo, q_lo + region.block_q - 1, k_lo, k_lo + region.block_k - 1)
+        return [
+            torch.where(k_first <= k_last, torch.remainder(k_lo, self.every), NONE_KEY),
+            torch.where(own, torch.remainder(q_lo, self.every), NONE_KEY),
+            torch.where(own, k_lo - q_lo, NONE_KEY),
+        ]
+
+
+@register
+@dataclass(frozen=True, repr=False, eq=False)
 class Dilated(Layout):
     """A query sees keys at offsets -left * step, ..., -step, 0, step, ..., right * step (Longformer's dilation)."""
 

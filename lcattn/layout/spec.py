@@ -50,6 +50,7 @@ def _evaluate(spec: str, tensors: tuple[Tensor, ...]) -> Layout:
             raise ValueError(f"layout spec {spec!r}: {type(node).__name__} is not allowed")
     names: dict[str, Any] = {**KINDS, "_tensor": tensors.__getitem__}
     names["FromMaskMod"] = lambda index: FromMaskMod(_callable_at(index, spec))
+    names["_callable"] = lambda index: _callable_at(index, spec)
     unknown = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(names)
     if unknown:
         raise ValueError(f"layout spec {spec!r}: unknown {sorted(unknown)}, expected one of {sorted(KINDS)}")
