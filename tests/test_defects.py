@@ -297,6 +297,22 @@ DEFECTS = (
         SHARED,
     ),
     Defect(
+        "keys turned backwards as they are read",
+        "decode",
+        "store(low + d, a * c - b * s);",
+        "store(low + d, a * c + b * s);",
+        "causal-dual_chunk-plain",
+        DECODE_CUT,
+    ),
+    Defect(
+        "all keys turned as the first phase's are",
+        "decode",
+        "p_.turn_at[which]",
+        "p_.turn_at[0]",
+        "causal-self_extend-plain",
+        DECODE_CUT,
+    ),
+    Defect(
         "dk left in units of log2",
         "backward",
         "natural) factor = 1.0f / kLog2e;",
