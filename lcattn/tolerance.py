@@ -202,6 +202,13 @@ def _eager_again(
     """
     D = problem.q[0].shape[3]
     qk, v = (torch.randperm(D, generator=draw) for _ in range(2))
+    turn_table = problem.turn_table
+    if turn_table is not None:
+        # features that turn together stay pairs
+        pairs = turn_table.shape[1] // 2
+        pair = torch.randperm(pairs, generator=draw)
+        qk = torch.cat([pair, pair + pairs, torch.randperm(D - 2 * pairs, generator=draw) + 2 * pairs])
+        turn_table = turn_table[:, torch.cat([pair, pair + pairs])]
     fold, shift = 1.0, 0.0
     if problem.q[0].dtype == torch.float32:
         fold = float(problem.scale * (1 + torch.rand((), generator=draw)))
@@ -213,6 +220,7 @@ def _eager_again(
         "k": tuple(t[..., qk] for t in problem.k),
         "v": tuple(t[..., v] for t in problem.v),
         "scale": problem.scale / fold,
+        "turn_table": turn_table,
     }
     if shift:
         changed["bias"] = shift + (problem.q[0].new_zeros(1, 1, 1) if problem.bias is None else problem.bias)
