@@ -40,7 +40,7 @@ def attention(
         q: [B, H, T, D] float; k, v: [B, G, S, D], same dtype and device, G dividing H (head h reads h G / H).
         layout: who sees whom; layouts join with `|` and `&`.
         position: one position, or a sequence of them.
-        scale: of the content term; 1 / sqrt(D) by default.
+        scale: of the content term and of the vectors of Shaw, TransformerXL, Disentangled; 1 / sqrt(D) by default.
         softcap: bound of the scores, None for none.
         sink: [H], a logit per head that takes part in the softmax and has no value.
         key_mask: [B or 1, S] bool, False hides a key from every query.

@@ -22,6 +22,7 @@ import lcattn
 from lcattn import layout as layouts
 from lcattn.hf.masks import Conversion
 from lcattn.hf.swap import SWAPS, find
+from lcattn.hf.swap.given import read_mask
 from tests.test_hf import agree
 
 B, T, VOCAB, HIDDEN, HEADS = 2, 61, 97, 48, 4
@@ -250,6 +251,36 @@ def test_a_mask_that_changes_is_read_again(seed: int) -> None:
     changed = module(x, mask)[0]
     assert not torch.allclose(first, changed)
     assert torch.equal(changed, module(x, mask.clone())[0])
+
+
+_REAL = torch.arange(9) % 4 != 0
+
+
+def _pattern(T: int, causal: bool, selves: bool) -> Tensor:
+    """Of keys that _REAL or its complement hides, [2, T, 9]; queries stand at the end."""
+    queries, keys = torch.arange(9 - T, 9)[:, None], torch.arange(9)
+    seen = (
+        torch.stack([_REAL, ~_REAL])[:, None] | (keys == queries) if selves else torch.stack([_REAL, ~_REAL])[:, None]
+    )
+    return seen & (keys <= queries) if causal else seen.expand(2, T, 9)
+
+
+@pytest.mark.parametrize("T", [9, 5, 2])
+@pytest.mark.parametrize("selves", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_is_found_in_dense_masks(causal: bool, selves: bool, T: int) -> None:
+    seen = _pattern(T, causal, selves)
+    mask = read_mask(seen, T)
+    assert "Blocks" not in mask.layout.spec
+    q_idx, k_idx = torch.arange(T)[:, None], torch.arange(9)
+    context = layouts.Context(torch.arange(2)[:, None, None], 0, T, 9, q_idx, k_idx)
+    found = mask.layout.visible(q_idx + 9 - T, k_idx, context).expand(2, T, 9)
+    assert torch.equal(found if mask.key_mask is None else found & mask.key_mask[:, None], seen)
+    # one bit more, and it is no padding
+    other = seen.clone()
+    other[1, -1, 0] ^= True
+    layout = read_mask(other, T).layout
+    assert torch.equal(layout.visible(q_idx + 9 - T, k_idx, context).expand(2, T, 9), other)
 
 
 def test_masks_are_let_go(seed: int) -> None:
