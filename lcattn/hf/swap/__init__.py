@@ -21,7 +21,7 @@ any length:
   whole windows, and Longformer's and LED's masks of size [T, T] are not made.
 - Dilation: transformers ignores a configuration's attention_dilation, so we refuse it; `use(model, Dilated(...))`.
 - Without a mask LongT5's modules see the zeros that fill their last block; models always give a mask.
-- BigBird's repeated blocks count as often as in the original: in evaluation all its random blocks are block 0 once more,
+- Repeated blocks of BigBird count as often as in the original: in evaluation all random blocks are block 0 once more,
   in training the plans for 1024, 3072 and 4096 tokens repeat some. The original reseeds numpy at each call, we don't.
   A short text turns a model to full attention for good, as it does the original.
 
