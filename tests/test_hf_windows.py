@@ -160,6 +160,18 @@ def test_converted_equals_original(name: str, padding: str | None, seed: int) ->
     compare(model, marked(model, batch(model, padding, T)))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16(name: str, seed: int) -> None:
+    model = make(name).bfloat16()
+    inputs = marked(model, batch(model, "right", T))
+    seen = inputs["attention_mask"].bool()
+    with _float64():
+        truth = copy.deepcopy(model).double()(**inputs).logits[seen]
+    got = hf.convert(copy.deepcopy(model))(**inputs).logits[seen]
+    assert got.dtype == torch.bfloat16
+    logits_agree(got, truth, lambda: model(**inputs).logits[seen])
+
+
 @pytest.mark.parametrize("name", ["longformer", "led"])
 def test_without_global_tokens(name: str, seed: int) -> None:
     model = make(name)

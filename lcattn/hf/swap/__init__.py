@@ -3,6 +3,30 @@
 A model is converted by giving its attention modules another class, derived from their own: parameters, names, hooks and
 configuration stay, and giving the class back restores the model. Each class has the name of the one it replaces, since
 transformers looks classes up by name (saved architectures, `_no_split_modules`).
+
+Equal means outputs at real tokens, loss and all gradients, within the float32 error budget, padded on either side, at
+any length:
+
+| architecture | what is equal | where not (see below) |
+|---|---|---|
+| Longformer, LED's encoder | windows, global tokens and their own projections | padding, dilation |
+| LED's decoder | self- and cross-attention, caches | |
+| LongT5, local | the window and its bias | a module called without a mask |
+| LongT5, transient-global | the window, the side keys, the bias of each | a module called without a mask |
+| LongT5's decoder | self- and cross-attention, caches, T5's bias by its bucket table | |
+| BigBird, BigBirdPegasus | windows, global blocks, random blocks drawn from the same seed | numpy's random numbers |
+| BigBird in full attention | self- and cross-attention, causal or not, caches | |
+
+- Padding: the original's attention gives zeros at padding, ours what the keys there give. The input is not filled up to
+  whole windows, and Longformer's and LED's masks of size [T, T] are not made.
+- Dilation: transformers ignores a configuration's attention_dilation, so we refuse it; `use(model, Dilated(...))`.
+- Without a mask LongT5's modules see the zeros that fill their last block; models always give a mask.
+- Repeated blocks of BigBird count as often as in the original: in evaluation all random blocks are block 0 once more,
+  in training the plans for 1024, 3072 and 4096 tokens repeat some. The original reseeds numpy at each call, we don't.
+  A short text turns a model to full attention for good, as it does the original.
+
+Dropout of attention weights is drawn differently and has the same statistics (BigBird's block attention has none). No
+attention weights are returned: `output_attentions=True` raises.
 """
 
 from __future__ import annotations
