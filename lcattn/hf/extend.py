@@ -56,7 +56,7 @@ def extend(model: Any, to: int, method: str = "dual_chunk", layout: Layout | Non
         raise TypeError(f"layout: expected a layout such as Chunked(1024), got {type(layout).__name__}")
     use(model, None)
     rotaries = _rotaries(model)
-    trained = _trained_length(next(iter(rotaries.values())).config)
+    trained = trained_length(next(iter(rotaries.values())).config)
     make = _remap(method, to, trained, options) if method in _REMAPS else None
     factor = _factor(to, trained, options) if make is None else 1.0
     # so short that every method reads it as the model itself does
@@ -147,11 +147,12 @@ def _rotaries(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _trained_length(config: Any) -> int:
-    parameters = config.rope_parameters
+def trained_length(config: Any) -> int:
+    """Tokens that a model was trained on, before any scaling of its positions; 0 where its config doesn't say."""
+    parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
     known = [p["original_max_position_embeddings"] for p in kinds if p and p.get("original_max_position_embeddings")]
-    return int(min(known, default=config.max_position_embeddings))
+    return int(min(known, default=getattr(config, "max_position_embeddings", 0)))
 
 
 def _parameters(module: nn.Module) -> dict[str, Any]:
