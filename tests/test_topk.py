@@ -163,6 +163,11 @@ def test_a_scorer_may_leave_blocks_out(seed):
     assert listed(selected, 0, 0, 6) == [0, 2, 3, 4, 5]
 
 
+def _document_ids(s: Shape) -> Tensor:
+    return (torch.arange(s.S) + 31 * torch.arange(s.B)[:, None]) // 150
+
+
+SQUARE, END = Shape(2, 4, 2, 333, 333, 16), Shape(2, 4, 2, 71, 390, 16)
 JOINS = {
     "alone": lambda top, s: top & lcattn.Causal(),
     "chunked": lambda top, s: (lcattn.Chunked(40) | top) & lcattn.Causal(),
@@ -173,9 +178,7 @@ JOINS = {
     "random": lambda top, s: (lcattn.Random(32, 1) | lcattn.Window(5, 0) | top) & lcattn.Causal(),
     "full": lambda top, s: lcattn.Full() | top,
     "narrowed": lambda top, s: (top & lcattn.Window(150, None)) | lcattn.Window(4, 0),
-    "documents": lambda top, s: (
-        (lcattn.Chunked(40) | top) & lcattn.Documents((torch.arange(s.S) // 70).repeat(s.B, 1)) & lcattn.Causal()
-    ),
+    "documents": lambda top, s: (lcattn.Chunked(40) | top) & lcattn.Documents(_document_ids(s)) & lcattn.Causal(),
     "blocks": lambda top, s: (
         top | lcattn.Blocks(torch.eye(-(-s.T // 16), -(-s.S // 16), dtype=torch.bool)[None, None], 16)
     ),
@@ -189,11 +192,10 @@ JOINS = {
 }
 
 
-@pytest.mark.parametrize("block", [64, 24])
+@pytest.mark.parametrize(("block", "s"), [(64, SQUARE), (64, END), (24, SQUARE)], ids=["square", "end", "small"])
 @pytest.mark.parametrize("join", JOINS)
-def test_joined_with_each_layout_within_the_budget(join, block, seed):
+def test_joined_with_each_layout_within_the_budget(join, block, s, seed):
     draw = Draw(seed)
-    s = draw.choice((Shape(2, 4, 2, 333, 333, 16), Shape(2, 4, 2, 71, 390, 16)))
     q, k, v = tensors(draw, s)
     layout = JOINS[join](TopKBlocks(2, block), s)
     p = problem(q, k, v, layout)
@@ -261,6 +263,17 @@ def test_table_is_visible(drawn, in_phases):
         got = got.repeat_interleave(heads // got.shape[1], 1)
         assert torch.equal(got.expand_as(want), want)
     assert pairs(table.seg_ptr, table.entries, False) == pairs(table.seg_ptr_t, table.entries_t, True)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("block", [32, 64])
+def test_lists_need_not_be_those_of_the_kv_heads(block, groups, seed):
+    blocks = Draw(seed).integers(-1, 4, 1, 2, 9, 2)
+    layout = (lcattn.Window(9, 0) | SelectedBlocks(blocks, torch.tensor([0]), block, 2)) & lcattn.Causal()
+    table, _, _ = call_table(layout, (), 1, 4, groups, 250, 250, None, None)
+    got = table.to_dense(250, 250)
+    assert got.shape[1] in (groups, 4)
+    assert torch.equal(got.repeat_interleave(4 // got.shape[1], 1), dense(layout, 250, 250, 4, 1))
 
 
 def test_a_table_names_no_pair_twice(seed):
