@@ -32,7 +32,6 @@ attention weights are returned: `output_attentions=True` raises.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -70,7 +69,7 @@ def find(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The class that replaces `kind`, exactly that class, or None."""
     prefix, _, folder = kind.__module__.rpartition(".")[0].rpartition(".")
     name = f"{__name__}.{_FOLDERS.get(folder)}"
-    if prefix == "transformers.models" and folder in _FOLDERS and importlib.util.find_spec(name) is not None:
+    if prefix == "transformers.models" and folder in _FOLDERS:
         importlib.import_module(name)
     return SWAPS.get(kind)
 
