@@ -104,9 +104,6 @@ _SERVES = "what serves: {} with lcattn.hf.use(model, {}), or lcattn.modules in a
 # why some architectures are refused, unless modules of theirs are replaced
 _REFUSED = {
     "umt5": ("each of its layers builds a dense bias of its own", "T5 or MT5", "Chunked(512)"),
-    "xlnet": ("it adds relative-key and segment terms of its own", "BERT", "Chunked(512, 1, 1)"),
-    "deberta": ("it adds disentangled relative terms of its own", "BERT", "Chunked(512, 1, 1)"),
-    "deberta-v2": ("it adds disentangled relative terms of its own", "BERT", "Chunked(512, 1, 1)"),
 }
 
 
