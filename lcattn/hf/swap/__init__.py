@@ -14,7 +14,7 @@ any length:
 | LongT5, local | the window and its bias | a module called without a mask |
 | LongT5, transient-global | the window, the side keys, the bias of each | a module called without a mask |
 | LongT5's decoder | self- and cross-attention, caches, T5's bias by its bucket table | |
-| DeBERTa, DeBERTa-v2 | c2p, p2c, log buckets, shared or own projections; no [T, T] tensor is made | padding, talking heads |
+| DeBERTa, DeBERTa-v2 | c2p, p2c, log buckets, shared or own projections | padding, talking heads |
 | XLNet | content, position and segment terms, two streams, memory, permutations | see below |
 | BigBird, BigBirdPegasus | windows, global blocks, random blocks drawn from the same seed | numpy's random numbers |
 | BigBird in full attention | self- and cross-attention, causal or not, caches | |
@@ -26,7 +26,8 @@ any length:
 - Repeated blocks of BigBird count as often as in the original: in evaluation all random blocks are block 0 once more,
   in training the plans for 1024, 3072 and 4096 tokens repeat some. The original reseeds numpy at each call, we don't.
   A short text turns a model to full attention for good, as it does the original.
-- DeBERTa: queries at padding see the real keys. v1's talking heads, its query_states and a relative_pos of one's own raise.
+- DeBERTa: queries at padding see the real keys; no [T, T] tensor is made. v1's talking heads, its query_states and a
+  relative_pos of one's own raise.
 - XLNet: more than 16 segments, and a predicted token that sees no key, raise.
 
 Dropout of attention weights is drawn differently and has the same statistics (BigBird's block attention has none). No
