@@ -1,5 +1,6 @@
-"""Shared fixtures: a printed seed, fresh with each commit, and poisoned memory for kernels under test."""
+"""Shared fixtures: a printed seed, fresh with each change of the code, and poisoned memory for kernels under test."""
 
+import hashlib
 import os
 import secrets
 import subprocess
@@ -11,15 +12,15 @@ import torch
 
 
 def _seed() -> int:
-    """LCATTN_TEST_SEED, or else one drawn from the commit, so that running a commit again finds the same."""
+    """LCATTN_TEST_SEED, or else one drawn from the committed code, so that running a commit again finds the same."""
     if given := os.environ.get("LCATTN_TEST_SEED"):
         return int(given)
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD:csrc", "HEAD:lcattn", "HEAD:tests"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        trees = subprocess.run(command, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return secrets.randbelow(2**31)
-    return int(commit[:8], 16) % 2**31
+    return int(hashlib.sha256(trees).hexdigest(), 16) % 2**31
 
 
 SEED = _seed()

@@ -22,8 +22,8 @@ from lcattn import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 FORWARD_NAMES = (
-    "q k v phase_map seg_ptr entries mask_tiles row_start key_bits q_pos k_pos scale softcap bias bias_min "
-    "slope rel_key rel_key_min rel_query rel_query_min qr kr sink dropout seed out lse lse_rest"
+    "q k v phase_map seg_ptr entries mask_tiles row_start key_bits q_pos k_pos turn_table turn_at scale "
+    "softcap bias bias_min slope rel_key rel_key_min rel_query rel_query_min qr kr sink dropout seed out lse lse_rest"
 ).split()
 
 
@@ -54,6 +54,8 @@ def one_key_problem(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         "key_bits": None,
         "q_pos": None,
         "k_pos": None,
+        "turn_table": None,
+        "turn_at": None,
         "scale": 0.5,
         "softcap": 0.0,
         "bias": None,
@@ -137,7 +139,7 @@ def test_isa_auto_is_the_fastest_and_an_unknown_one_names_the_choices() -> None:
     [
         ("q", [torch.zeros(2, 4, 3, 20, dtype=torch.float64)], "q must be float32, bfloat16 or float16"),
         ("q", [torch.zeros(4, 3, 20)], "q must have 4 dimensions; got Float [4, 3, 20]"),
-        ("q", [], "q must be 1 to 4 tensors; got 0"),
+        ("q", [], "q must be 1 to 5 tensors; got 0"),
         ("q", [torch.zeros(2, 3, 3, 20)], "k must have a number of heads that divides q's 3; got 2"),
         ("q", [torch.zeros(2, 4, 0, 20)], "q must not be empty"),
         ("k", [torch.zeros(2, 2, 1, 20, dtype=torch.bfloat16)], "k must be Float [2, 2, 1, 20]"),
@@ -151,6 +153,8 @@ def test_isa_auto_is_the_fastest_and_an_unknown_one_names_the_choices() -> None:
         ("mask_tiles", torch.zeros(1, 64, 1, dtype=torch.int32), "mask_tiles must be Int [any, 64, 2]"),
         ("key_bits", torch.zeros(2, 2, dtype=torch.int32), "key_bits must be Int [2, 1]"),
         ("k_pos", torch.zeros(1, 2, 2, dtype=torch.int32), "k_pos must be Int [1, 2 or 1, 1]"),
+        ("turn_at", torch.zeros(1, 1, 1, dtype=torch.int32), "turn_table and turn_at must be given together"),
+        ("turn_table", torch.zeros(3, 20), "turn_table and turn_at must be given together"),
         ("bias", torch.zeros(1, 3, 5), "bias must be Float [1, 4 or 1, any], contiguous"),
         ("bias", torch.zeros(1, 4, 0), "a table of offsets must not be empty"),
         ("rel_key", torch.zeros(1, 5, 20), "rel_key and qr must be given together"),
@@ -165,6 +169,23 @@ def test_bad_arguments_name_themselves(name: str, value: Any, message: str) -> N
         forward(problem)
     if name != "out":
         assert problem["out"].isnan().all()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("table", "at", "message"),
+    [
+        (torch.zeros(3, 22), (1, 1, 1), "turn_table must have an even width of at most 20; got 22"),
+        (torch.zeros(3, 5), (1, 1, 1), "turn_table must have an even width of at most 20; got 5"),
+        (torch.zeros(3, 20, dtype=torch.float64), (1, 1, 1), "turn_table must be Float [any, any]"),
+        (torch.zeros(3, 20), (2, 1, 1), "turn_at must be Int [1, 2 or 1, 1]"),
+        (torch.zeros(3, 20), (1, 1, 1), "keys are turned for few queries and inference only"),
+    ],
+)
+def test_bad_turns_name_themselves(table: torch.Tensor, at: tuple[int, ...], message: str) -> None:
+    problem = one_key_problem() | {"turn_table": table, "turn_at": torch.zeros(at, dtype=torch.int32)}
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        forward(problem)
 
 
 def test_triton_kernels_come_with_the_package() -> None:

@@ -774,11 +774,7 @@ def test_use_replaces_and_restores(seed: int) -> None:
 
 
 def _refused() -> dict[str, Callable[[], Any]]:
-    small = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     return {
-        "xlnet": lambda: tf.XLNetModel(tf.XLNetConfig(vocab_size=VOCAB, d_model=64, n_layer=1, n_head=4, d_inner=64)),
-        "deberta": lambda: tf.DebertaModel(tf.DebertaConfig(**small)),
-        "deberta-v2": lambda: tf.DebertaV2Model(tf.DebertaV2Config(**small)),
         "umt5": lambda: tf.UMT5Model(tf.UMT5Config(**_T5)),
         "MambaModel": lambda: tf.MambaModel(tf.MambaConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=1)),
         # not on the list of known ones: found out by its source

@@ -23,8 +23,9 @@
 
 namespace lcattn::cpu::LCATTN_ISA {
 
-// exponentials up to this size are safe to sum over any number of keys
-constexpr float kLargestLog2 = 32.0f, kLargest = 4294967296.0f;
+// A row's maximum moves only when scores exceed it by more than 8, or a tile's exponentials sum to
+// more than kBlock of that size can. Farther from it, rounding the difference would show in p.
+constexpr float kLargestLog2 = 8.0f, kLargest = kBlock * 256.0f;
 
 struct QueryBlock {
   int64_t b, h, g;
@@ -53,7 +54,8 @@ struct Exponentials {
     for (int c = 0; c < C; ++c) {
       const int64_t lane = (vector + c) * kWidth;
       const Vec reference = load(row_max + lane);
-      Vec sum = load(tile_sum + lane);
+      // small ones first: added to a large sum one by one, each would round it
+      Vec sum = zero();
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const Vec score = acc.at[r][c] + load(strip + (kBlock - 1) - (row + r) + lane);
@@ -65,7 +67,7 @@ struct Exponentials {
         sum = sum + value;
         store(tile + (row + r) * kBlock + lane, value);
       }
-      store(tile_sum + lane, sum);
+      store(tile_sum + lane, load(tile_sum + lane) + sum);
     }
   }
 };
@@ -272,11 +274,15 @@ class ForwardTile {
       const Vec reference = select(empty, zero(), new_max);
       const Vec factor = exp2(old_max - reference);
       Vec sum = zero();
-      for (int64_t r = 0; r < n_k; ++r) {
-        float* at = tile_ + r * kBlock + lane;
-        const Vec value = exp2(load(at) - reference);
-        sum = sum + value;
-        store(at, value);
+      for (int64_t row = 0; row < n_k; row += kTileRows) {
+        Vec few = zero();
+        for (int64_t r = row; r < n_k && r < row + kTileRows; ++r) {
+          float* at = tile_ + r * kBlock + lane;
+          const Vec value = exp2(load(at) - reference);
+          few = few + value;
+          store(at, value);
+        }
+        sum = sum + few;
       }
       store(row_max_ + lane, new_max);
       store(row_sum_ + lane, fma(load(row_sum_ + lane), factor, sum));

@@ -187,7 +187,8 @@ class Global(Layout):
 
     def _side_key(self, low: Tensor, size: int) -> Tensor:
         if self.first is not None:
-            return (self.first - low).clamp(0, size)
+            # where they begin in the block, and where they end
+            return (-low).clamp(0, size) * (size + 1) + (self.first - low).clamp(0, size)
         where = low if self.every is None else torch.remainder(low, self.every)
         return torch.where(self._below(low + size) > self._below(low), where, NONE_KEY)
 

@@ -57,7 +57,8 @@ class Turning(ABC):
         if D % 2 or 2 * len(frequency) > D:
             raise ValueError(f"Rotary: the head dim must be even and at least {2 * len(frequency)}, got {D}")
         terms = self.phases() | {"q": tuple(turn(q, at, frequency, factor) for at in self.queries(q_pos))}
-        if T * (H // G) <= _FEW_ROWS and not torch.compiler.is_compiling():
+        # compiled graphs serve all lengths, so they don't ask for this one
+        if not torch.compiler.is_compiling() and T * (H // G) <= _FEW_ROWS:
             rows, span = _default_rows(self, _power_of_two(S), k.device) if k_pos is None else _rows(self, k_pos)
             return Terms(
                 **terms,
