@@ -101,7 +101,7 @@ def _in_double(model: Any, compute: Callable[[], Any]) -> Any:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_losses_in_slices_are_the_losses(name: str) -> None:
-    model, tokens = _model(name), torch.randint(256, (1, 1111))
+    model, tokens = _model(name), torch.randint(1, 256, (1, 1111))
     ticks: list[int] = []
     forward = model.base_model.forward
     got = {"losses": loss.read(model, tokens, lambda: ticks.append(1))}
@@ -121,7 +121,7 @@ def test_a_failing_head_leaves_the_model_whole() -> None:
 
 @pytest.mark.parametrize("length", [TRAINED + 2, 150, 3 * TRAINED + 5])
 def test_measured_means_are_means_of_the_right_tokens(length: int) -> None:
-    model, tokens = _model(), torch.randint(256, (1, length))
+    model, tokens = _model(), torch.randint(1, 256, (1, length))
     own = loss.own_start(length, TRAINED)
     assert own == (TRAINED if length <= 2 * TRAINED else length - TRAINED)
     for origin in (0, own):
@@ -272,7 +272,7 @@ def test_greedy_is_what_generate_gives(name: str) -> None:
 
 
 def test_likelihoods_are_those_of_whole_texts() -> None:
-    model, tokens = _model(), torch.randint(256, (1, 41))
+    model, tokens = _model(), torch.randint(1, 256, (1, 41))
     answers = [(5,), (7, 9, 11), (7, 9, 12), (200, 3, 4, 5, 6)]
 
     def whole() -> dict[str, Tensor]:
@@ -438,7 +438,7 @@ def test_a_reading_twice() -> None:
 
 
 def test_a_reading_is_put_on_and_taken_off() -> None:
-    model, tokens = _model(), torch.randint(256, (1, 90))
+    model, tokens = _model(), torch.randint(1, 256, (1, 90))
     source = sources.Source("small", model, None, TRAINED)
     before = loss.read(model, tokens)
     with Reading.parse("plain:layout=Chunked(16, 1)").put_on(source, 90):
@@ -470,7 +470,7 @@ def test_a_reading_is_put_on_and_taken_off() -> None:
 )
 def test_extended_readings_are_those_of_extend(text: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured is what `hf.extend` makes of the model, and the model is itself again afterwards."""
-    model, tokens = _model(), torch.randint(256, (1, 150))
+    model, tokens = _model(), torch.randint(1, 256, (1, 150))
     source = sources.Source("small", model, None, TRAINED)
     before, reading = loss.read(model, tokens), Reading.parse(text)
     with reading.put_on(source, 150):

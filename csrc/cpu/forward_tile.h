@@ -23,9 +23,10 @@
 
 namespace lcattn::cpu::LCATTN_ISA {
 
-// A row's maximum moves only when scores exceed it by more than 8, or a tile's exponentials sum to
-// more than kBlock of that size can. Farther from it, rounding the difference would show in p.
-constexpr float kLargestLog2 = 8.0f, kLargest = kBlock * 256.0f;
+// A row's reference moves only when a score exceeds it by more than this: farther from it, rounding
+// the difference would show in p. The sum that sends a tile the slower way is no larger, so that a
+// row which must move does so whatever the other rows of its tile are.
+constexpr float kLargestLog2 = 14.0f, kLargest = 16384.0f;
 
 struct QueryBlock {
   int64_t b, h, g;
@@ -274,9 +275,12 @@ class ForwardTile {
       const Vec reference = select(empty, zero(), new_max);
       const Vec factor = exp2(old_max - reference);
       Vec sum = zero();
-      for (int64_t row = 0; row < n_k; row += kTileRows) {
+      // in the groups of the other way's register tiles, to the same sum
+      for (int64_t row = 0, rows; row < n_k; row += rows) {
+        const int64_t left = n_k - row;
+        rows = left >= kTileRows ? kTileRows : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         Vec few = zero();
-        for (int64_t r = row; r < n_k && r < row + kTileRows; ++r) {
+        for (int64_t r = row; r < row + rows; ++r) {
           float* at = tile_ + r * kBlock + lane;
           const Vec value = exp2(load(at) - reference);
           few = few + value;
