@@ -1,6 +1,7 @@
 """Rotary positions remapped past the trained length, against each paper's definition written out pair by pair."""
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -135,6 +136,23 @@ def test_keys_turned_as_they_are_read(name: str) -> None:
             q_pos = None if given[0] is None else k_pos[:, -62:]
             whole = lcattn.attention(many, k, v, layout=lcattn.Causal(), position=position, q_pos=q_pos, k_pos=given[1])
             torch.testing.assert_close(out, whole[:, :, -2:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("T", [5, 60])
+@pytest.mark.parametrize("name", [*METHODS, "rotary"])
+def test_what_inference_leaves_serves_training(name: str, T: int) -> None:
+    """Tables first made in inference mode are kept, and a backward must be able to save them."""
+    # frequencies that no other test has made tables of
+    rotary = lcattn.Rotary(1000.0 + T)
+    position: Any = rotary if name == "rotary" else dataclasses.replace(METHODS[name][0](), rotary=rotary)
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (T, 90, 90))
+    with torch.inference_mode():
+        want = lcattn.attention(q, k, v, layout=lcattn.Causal(), position=position)
+    leaf = q.clone().requires_grad_()
+    out = lcattn.attention(leaf, k, v, layout=lcattn.Causal(), position=position)
+    out.sum().backward()
+    torch.testing.assert_close(out, want.clone())
+    assert leaf.grad is not None and leaf.grad.isfinite().all() and leaf.grad.abs().sum() > 0
 
 
 TINY = dict(vocab_size=90, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)

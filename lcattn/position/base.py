@@ -7,14 +7,19 @@ then come from one of them only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..layout import Layout
 from ..problem import PhaseMap
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,15 @@ def lower(
                 raise ValueError(f"position: two positions both give the term {name!r}")
             joined[name] = value
     return Terms(**joined)
+
+
+def remembered(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Keeps the latest results of a function; for training too, which can save no tensor made in inference mode."""
+
+    def decorate(make: Callable[P, R]) -> Callable[P, R]:
+        return functools.lru_cache(maxsize)(torch.inference_mode(False)(make))  # type: ignore[return-value]
+
+    return decorate
 
 
 def check_table(owner: str, name: str, table: Any, dims: str) -> None:

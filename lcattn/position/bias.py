@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .base import Terms, check_heads, check_table
+from .base import Terms, check_heads, check_table, remembered
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,7 @@ class RelativeBias:
         return Terms(bias=self.table[None], bias_min=self.min_offset)
 
 
-# remembered for training too, which takes no tensor of inference mode
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@remembered(64)
 def _t5_buckets(bidirectional: bool, n_buckets: int, max_distance: int, device: torch.device) -> Tensor:
     """Bucket of every offset from -max_distance to max_distance, beyond which buckets no longer change."""
     offset = torch.arange(-max_distance, max_distance + 1, device=device)

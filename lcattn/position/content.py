@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .base import Terms, check_heads, check_table
+from .base import Terms, check_heads, check_table, remembered
 
 
 def _check_vectors(owner: str, name: str, table: Tensor) -> None:
@@ -112,9 +111,7 @@ class TransformerXL:
         return Terms(q=(q + u,), rel_key=self.r, rel_key_min=self.min_offset, qr=q + v)
 
 
-# remembered for training too, which takes no tensor of inference mode
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@remembered(64)
 def deberta_buckets(span: int, max_distance: int | None, device: torch.device) -> tuple[Tensor, int]:
     """Index into tables of 2 span entries for every offset up to where it no longer changes, and the first offset."""
     if max_distance is None:

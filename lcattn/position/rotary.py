@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..problem import turn_by
-from .base import Terms
+from .base import Terms, remembered
 
 # up to so many query rows a kv head, keys are turned as they are read: turning a whole cache would cost more than
 # reading it
@@ -86,7 +85,7 @@ def _rows(position: Turning, k_pos: Tensor) -> tuple[Tensor, tuple[int, int]]:
     )
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(64)
 def _default_rows(position: Turning, S: int, device: torch.device) -> tuple[Tensor, tuple[int, int]]:
     return _rows(position, torch.arange(S, device=device)[None])
 
@@ -147,7 +146,7 @@ def turn(x: Tensor, position: Tensor, frequency: Tensor, factor: float) -> Tenso
     return turn_by(x, angle.cos() * factor, angle.sin() * factor)
 
 
-@functools.lru_cache(maxsize=16)
+@remembered(16)
 def _table(rotary: Rotary, D: int, length: int, span: tuple[int, int], device: torch.device) -> Tensor:
     """cos then sin of the coordinates from one to before the other, [n, R] float32."""
     frequency, factor = rotary.frequencies(D, length, device)
@@ -159,7 +158,7 @@ def _table(rotary: Rotary, D: int, length: int, span: tuple[int, int], device: t
 _BY_LENGTH = ("dynamic", "longrope")
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(64)
 def _frequencies(rotary: Rotary, D: int, length: int, device: torch.device) -> tuple[Tensor, float]:
     if rotary.rope_parameters is None:
         return _default_frequencies(rotary.base, D, device), 1.0
