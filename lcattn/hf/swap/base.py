@@ -14,14 +14,15 @@ def refuse_weights(module: nn.Module, output_attentions: bool | None) -> None:
     """NotImplementedError where attention weights are asked for, which a fused kernel never holds."""
     if output_attentions:
         raise NotImplementedError(
-            f"{type(module).__name__}: output_attentions=True is not supported, since no attention weights are"
-            " stored; lcattn.hf.use(model, None) gives the model back its own attention"
+            f"{type(module).__name__}: output_attentions: expected False, got {output_attentions};"
+            " output_attentions=True is not supported, since no attention weights are stored;"
+            " lcattn.hf.use(model, None) gives the model back its own attention"
         )
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, T, H * D] as [B, H, T, D]."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+    """[..., T, H * D] as [..., H, T, D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
 def join_heads(x: Tensor) -> Tensor:

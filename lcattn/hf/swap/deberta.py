@@ -13,12 +13,8 @@ from ...position import Disentangled
 from ...position.content import deberta_buckets
 from ..masks import Mask
 from . import replaces
-from .given import attend, once, read_mask, refuse_weights
-
-
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """[..., length, H * D] as [..., H, length, D]."""
-    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+from .base import join_heads, refuse_weights, split_heads
+from .given import attend, once, read_mask
 
 
 @once
@@ -86,9 +82,9 @@ class DebertaV2SelfAttention(v2.DisentangledSelfAttention):
                 f"query_states: expected {list(hidden_states.shape)}, as hidden_states, got {got}"
             )
         H, T = self.num_attention_heads, hidden_states.shape[1]
-        q = _heads(self.query_proj(query_states), H)
-        k = _heads(self.key_proj(hidden_states), H)
-        v = _heads(self.value_proj(hidden_states), H)
+        q = split_heads(self.query_proj(query_states), H)
+        k = split_heads(self.key_proj(hidden_states), H)
+        v = split_heads(self.value_proj(hidden_states), H)
         terms = [name for name in ("c2p", "p2c") if name in self.pos_att_type]
         position = []
         if self.relative_attention and terms:
@@ -102,13 +98,13 @@ class DebertaV2SelfAttention(v2.DisentangledSelfAttention):
             rel = _embeddings(self.pos_dropout(rel_embeddings), span, span)
             keys = queries = None
             if "c2p" in terms:
-                keys = _heads((self.key_proj if self.share_att_key else self.pos_key_proj)(rel), H)
+                keys = split_heads((self.key_proj if self.share_att_key else self.pos_key_proj)(rel), H)
             if "p2c" in terms:
-                queries = _heads((self.query_proj if self.share_att_key else self.pos_query_proj)(rel), H)
+                queries = split_heads((self.query_proj if self.share_att_key else self.pos_query_proj)(rel), H)
             position.append(Disentangled(keys, queries, max_distance))
         scale = (q.shape[3] * (1 + len(terms))) ** -0.5
         out = attend(self, q, k, v, _mask(attention_mask, T), position, scale, self.dropout)
-        return out.transpose(1, 2).flatten(2), None
+        return join_heads(out), None
 
 
 @replaces(v1.DisentangledSelfAttention)
@@ -136,9 +132,9 @@ class DebertaSelfAttention(v1.DisentangledSelfAttention):
         if self.talking_head:
             raise NotImplementedError(f"{type(self).__name__}: talking_head mixes weights, which are never formed")
         H, T = self.num_attention_heads, hidden_states.shape[1]
-        q, k, v = _heads(self.in_proj(hidden_states), H).chunk(3, dim=-1)
-        q = q + _heads(self.q_bias[None], H)
-        v = v + _heads(self.v_bias[None], H)
+        q, k, v = split_heads(self.in_proj(hidden_states), H).chunk(3, dim=-1)
+        q = q + split_heads(self.q_bias[None], H)
+        v = v + split_heads(self.v_bias[None], H)
         terms = [name for name in ("c2p", "p2c") if name in self.pos_att_type]
         position = []
         if self.relative_attention and rel_embeddings is not None and terms:
@@ -146,12 +142,12 @@ class DebertaSelfAttention(v1.DisentangledSelfAttention):
             span = min(T, self.max_relative_positions)
             _check_relative_pos(relative_pos, T, span, None)
             rel = _embeddings(self.pos_dropout(rel_embeddings), self.max_relative_positions, span)
-            keys = _heads(self.pos_proj(rel), H) if "c2p" in terms else None
-            queries = _heads(self.pos_q_proj(rel), H) if "p2c" in terms else None
+            keys = split_heads(self.pos_proj(rel), H) if "c2p" in terms else None
+            queries = split_heads(self.pos_q_proj(rel), H) if "p2c" in terms else None
             position.append(Disentangled(keys, queries))
         scale = (q.shape[3] * (1 + len(self.pos_att_type))) ** -0.5
         out = attend(self, q, k, v, _mask(attention_mask, T), position, scale, self.dropout)
-        return out.transpose(1, 2).flatten(2), None
+        return join_heads(out), None
 
 
 def _padding_alone(self: Any, attention_mask: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ...api import attention
 from ...layout import Blocks, Causal, Documents, Full, Layout, Window
 from ...position import Position
-from ..masks import Conversion, Mask
+from ..masks import Mask
+from .base import conversion_of, positions_of
 
 Result = TypeVar("Result")
 
@@ -37,14 +38,6 @@ def once(read: Callable[..., Result]) -> Callable[..., Result]:
         return results[key]
 
     return remembered
-
-
-def refuse_weights(module: nn.Module, output_attentions: bool) -> None:
-    if output_attentions:
-        raise NotImplementedError(
-            f"{type(module).__name__}: output_attentions: expected False, got {output_attentions}; attention weights"
-            " are never formed"
-        )
 
 
 def unmasked(T: int, S: int, device: torch.device) -> Mask:
@@ -112,15 +105,13 @@ def attend(
     dropout: nn.Dropout,
 ) -> Tensor:
     """`attention` under what was put on the module; out [B, H, T, D]."""
-    conversion: Conversion | None = module.__dict__.get("_lcattn")
-    view = mask.view(conversion, relative=True)
-    position = [*position, *(() if conversion is None else conversion.position)]
+    view = mask.view(conversion_of(module), relative=True)
     return attention(
         q,
         k,
         v,
         layout=view.layout,
-        position=position or None,
+        position=positions_of(module, *position),
         scale=scale,
         key_mask=mask.key_mask,
         q_pos=view.q_pos,

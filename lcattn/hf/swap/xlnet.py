@@ -12,7 +12,8 @@ from transformers.models.xlnet import modeling_xlnet as xlnet
 from ...position import TransformerXL
 from ..masks import Mask
 from . import replaces
-from .given import attend, once, read_mask, refuse_weights, unmasked
+from .base import refuse_weights
+from .given import attend, once, read_mask, unmasked
 
 # XLNet's own tokenizer makes four: two texts, the class token and padding
 _MAX_SEGMENTS = 16
