@@ -599,8 +599,9 @@ def test_loss_command(files: dict[str, Path], tokenizer: Any) -> None:
     assert second["records"][:2] == first["records"] and second["started"] == first["started"]
     (added,) = second["records"][2:]
     assert (added["reading"], added["attention"], added["layout"]) == (chunked, "lcattn", "Chunked(32, 1, 0, 0)")
-    assert abs(added["past_trained"] - plain["past_trained"]) > 1e-3
-    assert abs(added["loss_by_span"][0]["loss"] - plain["loss_by_span"][0]["loss"]) < 1e-3
+    # the first two chunks see all that is before them; over a whole text, losses up and down may cancel
+    apart = [abs(a["loss"] - b["loss"]) for a, b in zip(added["loss_by_span"], plain["loss_by_span"], strict=True)]
+    assert apart[0] < 1e-4 and max(apart[1:]) > 1e-3
 
     for more, message in (
         (("--length", 151), "is of another options: length was 150, now 151"),
