@@ -7,6 +7,8 @@
 // a fixed order what several tasks share. Results are equal from run to run for a given number of
 // threads. Scratch is linear in the lengths: the bands in use, the spills, and one copy of each
 // table's gradient per task.
+#include <cmath>
+
 #include "backward_task.h"
 #include "kernels.h"
 
@@ -114,7 +116,8 @@ void sink_gradient(const Problem& p, const Gradients& g, int64_t h) {
       const Rows dout = rows_of(g.dout, p.dtype, b, h, i, 1, p.D, true, dout_row);
       const float delta = dot(out.data, dout.data, p.D) - (g.dlse ? g.dlse[row] : 0.0f);
       if (p.lse[row] == -kInf) continue;
-      sum -= static_cast<double>(exp2(broadcast((p.sink[h] - p.lse[row]) * kLog2e))[0]) * delta;
+      const double log_p = static_cast<double>(p.sink[h]) - p.lse[row] - p.lse_rest[row];
+      sum -= std::exp(log_p) * delta;
     }
   }
   g.dsink[h] = static_cast<float>(sum);
