@@ -4,6 +4,7 @@
 // The operators go through LibTorch's stable ABI, so one build serves many torch versions; pybind11
 // carries lcattn._C: build info, the instruction set, test hooks. That entries of the block table
 // and of turn_at are in range is trusted.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
@@ -13,6 +14,7 @@
 #include <algorithm>
 #include <atomic>
 #include <concepts>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -20,6 +22,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cuda/launch.h"
 
 namespace lcattn {
 namespace {
@@ -94,8 +97,7 @@ std::string text(const Tensor& tensor) {
     sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
   }
   return text(tensor.scalar_type()) + " [" + sizes + "]" +
-         (tensor.is_contiguous() ? "" : ", not contiguous") +
-         (tensor.is_cpu() ? "" : ", not on the CPU");
+         (tensor.is_contiguous() ? "" : ", not contiguous");
 }
 
 // the message is put together only when it is needed: a call makes some forty checks
@@ -114,7 +116,7 @@ bool matches(const Tensor& tensor, std::initializer_list<Size> sizes) {
 
 const Tensor& expect(const Tensor& tensor, const char* name, ScalarType dtype,
                      std::initializer_list<Size> sizes, bool contiguous) {
-  if (tensor.scalar_type() == dtype && tensor.is_cpu() && matches(tensor, sizes) &&
+  if (tensor.scalar_type() == dtype && matches(tensor, sizes) &&
       (!contiguous || tensor.is_contiguous())) {
     return tensor;
   }
@@ -125,8 +127,7 @@ const Tensor& expect(const Tensor& tensor, const char* name, ScalarType dtype,
             (size.or_one && size.value != 1 ? " or 1" : "");
   }
   throw std::runtime_error(std::string("lcattn: ") + name + " must be " + want + "]" +
-                           (contiguous ? ", contiguous" : "") + ", on the CPU; got " +
-                           text(tensor));
+                           (contiguous ? ", contiguous" : "") + "; got " + text(tensor));
 }
 
 template <typename T>
@@ -170,9 +171,7 @@ class Arguments {
 struct Inputs {
   TensorList q, k, v;
   std::vector<int64_t> phase_map;
-  Tensor seg_ptr, entries;
-  MaybeTensor seg_ptr_t, entries_t;
-  Tensor mask_tiles;
+  Tensor seg_ptr, entries, mask_tiles;
   int64_t row_start;
   MaybeTensor key_bits, q_pos, k_pos, turn_table, turn_at;
   double scale, softcap;
@@ -187,7 +186,7 @@ struct Inputs {
   int64_t seed;
 };
 
-Inputs take_inputs(Arguments& args, bool transposed) {
+Inputs take_inputs(Arguments& args) {
   return {
       .q = args.take<TensorList>(),
       .k = args.take<TensorList>(),
@@ -195,8 +194,6 @@ Inputs take_inputs(Arguments& args, bool transposed) {
       .phase_map = args.take<std::vector<int64_t>>(),
       .seg_ptr = args.take<Tensor>(),
       .entries = args.take<Tensor>(),
-      .seg_ptr_t = transposed ? MaybeTensor(args.take<Tensor>()) : std::nullopt,
-      .entries_t = transposed ? MaybeTensor(args.take<Tensor>()) : std::nullopt,
       .mask_tiles = args.take<Tensor>(),
       .row_start = args.take<int64_t>(),
       .key_bits = args.take<MaybeTensor>(),
@@ -309,7 +306,6 @@ Problem make_problem(const Inputs& in, const Tensor& out, const Tensor& lse,
   require(in.row_start >= 0, "row_start must not be negative; got ", in.row_start);
   p.row_start = in.row_start;
   p.by_query = block_table(in.seg_ptr, in.entries, p, p.row_start + p.T, "seg_ptr");
-  if (in.seg_ptr_t) p.by_key = block_table(*in.seg_ptr_t, *in.entries_t, p, p.S, "seg_ptr_t");
   p.mask_tiles = data<int32_t>(
       expect(in.mask_tiles, "mask_tiles", ScalarType::Int, {kAny, {kBlock}, {kBlock / 32}}, true));
   if (in.key_bits) {
@@ -372,20 +368,21 @@ Problem make_problem(const Inputs& in, const Tensor& out, const Tensor& lse,
   return p;
 }
 
-constexpr const char* kForwardSchema =
-    "cpu_forward(Tensor[] q, Tensor[] k, Tensor[] v, int[] phase_map, Tensor seg_ptr, Tensor "
-    "entries, "
-    "Tensor mask_tiles, int row_start, Tensor? key_bits, Tensor? q_pos, Tensor? k_pos, "
-    "Tensor? turn_table, Tensor? turn_at, float "
-    "scale, "
-    "float softcap, Tensor? bias, int bias_min, Tensor? slope, Tensor? rel_key, int rel_key_min, "
-    "Tensor? rel_query, int rel_query_min, Tensor? qr, Tensor? kr, Tensor? sink, float dropout, "
-    "int seed, "
-    "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? lse_rest) -> ()";
+// a schema: the inputs common to all operators, in the order of KernelInputs in lcattn/inputs.py,
+// and what an operator takes besides
+std::string schema(const std::string& name, const std::string& rest) {
+  return name +
+         "(Tensor[] q, Tensor[] k, Tensor[] v, int[] phase_map, Tensor seg_ptr, Tensor entries, "
+         "Tensor mask_tiles, int row_start, Tensor? key_bits, Tensor? q_pos, Tensor? k_pos, "
+         "Tensor? turn_table, Tensor? turn_at, float scale, float softcap, Tensor? bias, "
+         "int bias_min, Tensor? slope, Tensor? rel_key, int rel_key_min, Tensor? rel_query, "
+         "int rel_query_min, Tensor? qr, Tensor? kr, Tensor? sink, float dropout, int seed, " +
+         rest + ") -> ()";
+}
 
 void cpu_forward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack);
-  const Inputs in = take_inputs(args, false);
+  const Inputs in = take_inputs(args);
   const Tensor out = args.take<Tensor>(), lse = args.take<Tensor>();
   const MaybeTensor lse_rest = args.take<MaybeTensor>();
   const Problem p = make_problem(in, out, lse, lse_rest);
@@ -393,24 +390,10 @@ void cpu_forward(StableIValue* stack, uint64_t, uint64_t) {
   selected.load()->forward(p, torch_threads());
 }
 
-constexpr const char* kBackwardSchema =
-    "cpu_backward(Tensor[] q, Tensor[] k, Tensor[] v, int[] phase_map, Tensor seg_ptr, Tensor "
-    "entries, "
-    "Tensor seg_ptr_t, Tensor entries_t, Tensor mask_tiles, int row_start, Tensor? key_bits, "
-    "Tensor? q_pos, "
-    "Tensor? k_pos, Tensor? turn_table, Tensor? turn_at, float scale, float softcap, Tensor? bias, "
-    "int bias_min, Tensor? slope, Tensor? "
-    "rel_key, "
-    "int rel_key_min, Tensor? rel_query, int rel_query_min, Tensor? qr, Tensor? kr, Tensor? sink, "
-    "float dropout, int seed, Tensor out, Tensor lse, Tensor lse_rest, Tensor dout, Tensor? dlse, "
-    "Tensor(a!)[] dq, "
-    "Tensor(b!)[] dk, Tensor(c!)[] dv, Tensor(d!)? dbias, Tensor(e!)? dslope, Tensor(f!)? "
-    "drel_key, "
-    "Tensor(g!)? drel_query, Tensor(h!)? dqr, Tensor(i!)? dkr, Tensor(j!)? dsink) -> ()";
-
 void cpu_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack);
-  const Inputs in = take_inputs(args, true);
+  const Inputs in = take_inputs(args);
+  const Tensor seg_ptr_t = args.take<Tensor>(), entries_t = args.take<Tensor>();
   const Tensor out = args.take<Tensor>(), lse = args.take<Tensor>(), lse_rest = args.take<Tensor>(),
                dout = args.take<Tensor>();
   const MaybeTensor dlse = args.take<MaybeTensor>();
@@ -421,7 +404,8 @@ void cpu_backward(StableIValue* stack, uint64_t, uint64_t) {
   const MaybeTensor dqr = args.take<MaybeTensor>(), dkr = args.take<MaybeTensor>();
   const MaybeTensor dsink = args.take<MaybeTensor>();
 
-  const Problem p = make_problem(in, out, lse, lse_rest);
+  Problem p = make_problem(in, out, lse, lse_rest);
+  p.by_key = block_table(seg_ptr_t, entries_t, p, p.S, "seg_ptr_t");
   require(!p.turn_table, "keys must be turned already");
   const ScalarType dtype = in.q[0].scalar_type();
   Gradients g;
@@ -440,8 +424,7 @@ void cpu_backward(StableIValue* stack, uint64_t, uint64_t) {
     if (!gradient) return nullptr;
     require(table.has_value(), name, " was asked for a term that is absent");
     const auto want = table->sizes(), got = gradient->sizes();
-    require(gradient->scalar_type() == ScalarType::Float && gradient->is_cpu() &&
-                gradient->is_contiguous() &&
+    require(gradient->scalar_type() == ScalarType::Float && gradient->is_contiguous() &&
                 std::equal(want.begin(), want.end(), got.begin(), got.end()),
             name, " must be as its table, ", *table, "; got ", *gradient);
     return data<float>(*gradient);
@@ -458,15 +441,92 @@ void cpu_backward(StableIValue* stack, uint64_t, uint64_t) {
   selected.load()->backward(p, g, torch_threads());
 }
 
+// what would read or write past a tensor, or fault, in the CUDA kernels
+cuda::Launch plan_cuda_forward(const Problem& p) {
+  require(p.dtype != DType::kFloat32 && (p.D == 64 || p.D == 128),
+          "CUDA kernels take bfloat16 and float16, and head dims 64 and 128");
+  require(!p.turn_table && !p.qr.data && !p.kr.data && p.dropout == 0,
+          "CUDA kernels have no unturned keys, relative keys or queries, or dropout");
+  const auto aligned = [](const View& view, const char* name) {
+    require(view.dim == 1 && view.row % 8 == 0 && view.head % 8 == 0 && view.batch % 8 == 0 &&
+                reinterpret_cast<uintptr_t>(view.data) % 16 == 0,
+            name, " must have rows of adjacent elements that start at multiples of 16 bytes");
+  };
+  for (int i = 0; i < p.n_q; ++i) aligned(p.q[i], "q");
+  for (int i = 0; i < p.n_k; ++i) aligned(p.k[i], "k");
+  for (int i = 0; i < p.n_v; ++i) aligned(p.v[i], "v");
+  aligned(p.out, "out");
+  require(p.H < 1 << 16 && p.B < 1 << 16,
+          "CUDA kernels take fewer than 65,536 heads and batch rows");
+  return cuda::plan_forward(p);
+}
+
+constexpr int64_t kCudaPlanBytes = sizeof(cuda::Launch) + sizeof(Problem);
+
+// for machines without a GPU: the launch that cuda_forward would make and its parameter, as bytes
+void cuda_forward_plan(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments args(stack);
+  const Inputs in = take_inputs(args);
+  const Tensor out = args.take<Tensor>(), lse = args.take<Tensor>(), bytes = args.take<Tensor>();
+  const Problem p = make_problem(in, out, lse, std::nullopt);
+  const cuda::Launch launch = plan_cuda_forward(p);
+  expect(bytes, "launch", ScalarType::Byte, {{kCudaPlanBytes}}, true);
+  std::memcpy(data<char>(bytes), &launch, sizeof launch);
+  std::memcpy(data<char>(bytes) + sizeof launch, &p, sizeof p);
+}
+
+#ifdef LCATTN_CUDA_VERSION
+// torch's current stream; its CUDA part, absent from a torch without CUDA, is found at run time
+void* current_stream(int32_t device) {
+  using Get = int32_t (*)(int32_t, void**);
+  static const Get get =
+      reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  void* stream = nullptr;
+  require(get && get(device, &stream) == 0, "this torch does not name its current CUDA stream");
+  return stream;
+}
+
+void cuda_forward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments args(stack);
+  const Inputs in = take_inputs(args);
+  const Tensor out = args.take<Tensor>(), lse = args.take<Tensor>();
+  const int32_t device = in.q.at(0).get_device();
+  const auto here = [&](const Tensor& tensor) {
+    require(tensor.is_cuda() && tensor.get_device() == device, "all tensors must be on q's device");
+  };
+  for (const TensorList* list : {&in.q, &in.k, &in.v}) std::ranges::for_each(*list, here);
+  for (const Tensor* tensor : {&in.seg_ptr, &in.entries, &in.mask_tiles, &out, &lse}) here(*tensor);
+  for (const MaybeTensor* maybe :
+       {&in.key_bits, &in.q_pos, &in.k_pos, &in.bias, &in.slope, &in.sink}) {
+    if (*maybe) here(**maybe);
+  }
+  const Problem p = make_problem(in, out, lse, std::nullopt);
+  cuda::forward(p, plan_cuda_forward(p), device, current_stream(device));
+}
+#endif
+
 STABLE_TORCH_LIBRARY_FRAGMENT(lcattn, m) {
-  m.def(kForwardSchema);
-  m.def(kBackwardSchema);
+  const std::string outputs = "Tensor(a!) out, Tensor(b!) lse";
+  m.def(schema("cpu_forward", outputs + ", Tensor(c!)? lse_rest").c_str());
+  m.def(schema("cpu_backward",
+               "Tensor seg_ptr_t, Tensor entries_t, Tensor out, Tensor lse, Tensor lse_rest, "
+               "Tensor dout, Tensor? dlse, Tensor(a!)[] dq, Tensor(b!)[] dk, Tensor(c!)[] dv, "
+               "Tensor(d!)? dbias, Tensor(e!)? dslope, Tensor(f!)? drel_key, "
+               "Tensor(g!)? drel_query, Tensor(h!)? dqr, Tensor(i!)? dkr, Tensor(j!)? dsink")
+            .c_str());
+  m.def(schema("cuda_forward", outputs).c_str());
+  m.def(schema("cuda_forward_plan", outputs + ", Tensor(c!) launch").c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lcattn, CPU, m) {
   m.impl("cpu_forward", cpu_forward);
   m.impl("cpu_backward", cpu_backward);
+  m.impl("cuda_forward_plan", cuda_forward_plan);
 }
+
+#ifdef LCATTN_CUDA_VERSION
+STABLE_TORCH_LIBRARY_IMPL(lcattn, CUDA, m) { m.impl("cuda_forward", cuda_forward); }
+#endif
 
 pybind11::dict build_info() {
   std::vector<std::string> isas;
@@ -493,6 +553,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", cpu_isas);
   m.def("cpu_isa", [] { return selected.load()->isa; });
   m.def("set_cpu_isa", set_cpu_isa, pybind11::arg("name"));
+  m.attr("cuda_plan_bytes") = kCudaPlanBytes;
   m.def("poison_scratch", [](bool on) { cpu::poison_scratch = on; }, pybind11::arg("on"));
 }
 

@@ -14,6 +14,9 @@ class BuildInfo(TypedDict):
     cuda: str | None  # the CUDA release it was compiled with, None without CUDA kernels
     sanitize: bool  # AddressSanitizer and UBSan compiled in
 
+cuda_plan_bytes: int
+"""Size of what lcattn::cuda_forward_plan writes: the launch, and the kernel's parameter."""
+
 def build_info() -> BuildInfo: ...
 def cpu_isas() -> list[str]:
     """The instruction sets that this build and this processor support, fastest first."""

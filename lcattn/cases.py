@@ -385,22 +385,27 @@ def make(
     return Case(f"{name}-B{s.B}H{s.H}G{s.G}T{s.T}S{s.S}D{s.D}", problem, dout, dlse)
 
 
-def draw_cases(seed: int) -> Iterator[Callable[[], Case]]:
+def draw_cases(
+    seed: int, dtypes: Sequence[torch.dtype] = DTYPES, head_dims: Sequence[int] = ()
+) -> Iterator[Callable[[], Case]]:
     """Every layout x position x dtype, and every variant x shape; the rest of each case drawn from the seed.
 
-    Yields makers, so that a test can report a case before paying for it.
+    Yields makers, so that a test can report a case before paying for it. For kernels that take few of them, the dtypes
+    to draw from, and head dims that replace those of the shapes.
     """
     draw = Draw(seed)
 
     def maker(layout: str, position: str, variant: str, shape: Shape, dtype: torch.dtype) -> Callable[[], Case]:
         own = draw.integer(0, 2**31)
+        if head_dims:
+            shape = dataclasses.replace(shape, D=draw.choice(head_dims))
         return lambda: make(Draw(own), layout, position, variant, shape, dtype)
 
     for layout in LAYOUTS:
         for position in POSITIONS:
-            for dtype in DTYPES:
+            for dtype in dtypes:
                 yield maker(layout, position, draw.choice(tuple(VARIANTS)), draw.choice(SHAPES), dtype)
     for variant in VARIANTS:
         for shape in SHAPES:
             layout, position = draw.choice(tuple(LAYOUTS)), draw.choice(tuple(POSITIONS))
-            yield maker(layout, position, variant, shape, torch.float32)
+            yield maker(layout, position, variant, shape, dtypes[0])

@@ -122,21 +122,29 @@ def _backends() -> tuple[bool, bool]:
         note = "" if backend in dispatch.AUTOMATIC else "   dense, only by name"
         typer.echo(f"backend {name}{note}")
         for device in devices:
+            verdicts = {}
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                 q, k, v, dout = (3**0.5 * torch.randn(1, 2, 200, 64, dtype=dtype, device=device) for _ in range(4))
                 table_dtype = torch.promote_types(dtype, torch.float32)
                 bias = RelativeBias(torch.randn(2, 64, dtype=table_dtype, device=device), -63)
                 layout = from_spec("Chunked(64) & Causal()")
                 problem = api.make_problem(q, k, v, layout, bias, None, None, None, None, None, None, 0.0)
-                verdict = backend.reject_reason(problem)
+                with_gradients = backend.reject_reason(problem, True) is None
+                verdict = backend.reject_reason(problem, with_gradients)
                 if verdict is None:
-                    wrong = [str(c) for c in tolerance.verify(problem, name, dout) if not c.ok]
-                    verdict = f"WRONG: {'; '.join(wrong)}" if wrong else "forward and backward right"
+                    found = tolerance.verify(problem, name, dout if with_gradients else None)
+                    wrong = [str(c) for c in found if not c.ok]
+                    right = "forward and backward right" if with_gradients else "forward right, has no backward"
+                    verdict = f"WRONG: {'; '.join(wrong)}" if wrong else right
                     working |= not wrong and backend in dispatch.AUTOMATIC
                     any_wrong |= bool(wrong)
                 else:
                     verdict = f"no: {verdict}"
-                typer.echo(f"  {device:5} {str(dtype).removeprefix('torch.'):9} {verdict}")
+                verdicts[str(dtype).removeprefix("torch.")] = verdict
+            if len(texts := set(verdicts.values())) == 1:
+                verdicts = {"any dtype": texts.pop()}
+            for what, verdict in verdicts.items():
+                typer.echo(f"  {device:5} {what:9} {verdict}")
     return working, any_wrong
 
 

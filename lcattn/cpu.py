@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lowering import BlockTable
-from .lowering_selected import call_table
+from .inputs import kernel_inputs
 from .problem import TERMS, Gradients, Problem
 
 try:
@@ -34,7 +33,7 @@ class CpuBackend:
         if _C is not None and isa:
             _C.set_cpu_isa(isa)
 
-    def reject_reason(self, problem: Problem) -> str | None:
+    def reject_reason(self, problem: Problem, differentiable: bool) -> str | None:
         q = problem.q[0]
         if _C is None:
             return _MISSING
@@ -52,11 +51,11 @@ class CpuBackend:
         q = problem.q[0]
         if differentiable or q.shape[2] * (q.shape[1] // problem.k[0].shape[1]) > _DECODE_ROWS:
             problem = problem.turned()
-        table, inputs = _inputs(problem)
+        _, inputs = kernel_inputs(problem)
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=torch.float32)
         rest = torch.empty_like(lse) if differentiable else None
-        torch.ops.lcattn.cpu_forward(*inputs[:4], table.seg_ptr, table.entries, *inputs[4:], out, lse, rest)
+        torch.ops.lcattn.cpu_forward(*inputs, out, lse, rest)
         return out, lse, lse.new_empty(0) if rest is None else rest
 
     def backward(
@@ -69,19 +68,16 @@ class CpuBackend:
         dlse: Tensor | None,
         wanted: frozenset[str],
     ) -> Gradients:
-        table, inputs = _inputs(problem.turned())
+        table, inputs = kernel_inputs(problem.turned())
         grads: dict[str, Any] = {n: [torch.empty_like(t) for t in getattr(problem, n)] for n in ("q", "k", "v")}
         terms: dict[str, Any] = dict.fromkeys(TERMS)
         for name in wanted:
             dtype = None if name in ("qr", "kr") else torch.float32
             terms[name] = torch.empty_like(getattr(problem, name), dtype=dtype, memory_format=_format(name))
         torch.ops.lcattn.cpu_backward(
-            *inputs[:4],
-            table.seg_ptr,
-            table.entries,
+            *inputs,
             table.seg_ptr_t,
             table.entries_t,
-            *inputs[4:],
             out,
             lse,
             lse_rest,
@@ -97,51 +93,3 @@ class CpuBackend:
 
 def _format(name: str) -> torch.memory_format:
     return torch.preserve_format if name in ("qr", "kr") else torch.contiguous_format
-
-
-def _table(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().float().contiguous()
-
-
-def _inputs(problem: Problem) -> tuple[BlockTable, list[Any]]:
-    """The block table, and the kernels' inputs in order: q, k, v, phase_map, mask_tiles, ..., seed."""
-    B, H, G, T, S, _ = problem.sizes
-    table, row_start, default = call_table(problem.layout, problem.phases, B, H, G, T, S, problem.q_pos, problem.k_pos)
-    q_pos = k_pos = None
-    if not default or problem.offset_q_pos is not None:
-        q_pos, k_pos = (p.int().contiguous() for p in problem.offset_coordinates())
-    return table, [
-        list(problem.q),
-        list(problem.k),
-        list(problem.v),
-        [at for phase in problem.phase_map for at in phase],
-        table.mask_tiles,
-        row_start,
-        None if problem.key_mask is None else pack_bits(problem.key_mask.expand(B, S)),
-        q_pos,
-        k_pos,
-        _table(problem.turn_table),
-        None if problem.turn_at is None else problem.turn_at.int(),
-        problem.scale,
-        problem.softcap,
-        _table(problem.bias),
-        problem.bias_min,
-        _table(problem.slope),
-        _table(problem.rel_key),
-        problem.rel_key_min,
-        _table(problem.rel_query),
-        problem.rel_query_min,
-        problem.qr,
-        problem.kr,
-        _table(problem.sink),
-        problem.dropout,
-        0 if problem.seed is None else int(problem.seed),
-    ]
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """[B, S] bool as [B, ceil(S / 32)] int32, bit j % 32 of word j / 32."""
-    n_words = -(-mask.shape[1] // 32)
-    padded = torch.nn.functional.pad(mask, (0, n_words * 32 - mask.shape[1])).unflatten(1, (n_words, 32))
-    weights = torch.tensor([1 << i for i in range(31)] + [-(1 << 31)], dtype=torch.int32)
-    return (padded * weights).sum(2, dtype=torch.int32)

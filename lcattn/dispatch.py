@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, gpu, reference
+from .inputs import strided_like
 from .problem import TERMS, Gradients, Problem
 
 
@@ -23,8 +24,8 @@ class Backend(Protocol):
 
     name: str
 
-    def reject_reason(self, problem: Problem) -> str | None:
-        """Why this backend cannot compute the problem here, or None if it can."""
+    def reject_reason(self, problem: Problem, differentiable: bool) -> str | None:
+        """Why this backend cannot compute the problem here, or None if it can; gradients too if differentiable."""
         ...
 
     def forward(self, problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,14 +52,14 @@ class Backend(Protocol):
 class _Reference:
     name = "reference"
 
-    def reject_reason(self, problem: Problem) -> str | None:
+    def reject_reason(self, problem: Problem, differentiable: bool) -> str | None:
         return None
 
     def forward(self, problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:
         out, lse = reference.attention(problem)
         lse = lse.contiguous()
         rest = torch.zeros_like(lse) if differentiable else lse.new_empty(0)
-        return _strided_like(problem.q[0], out), lse, rest
+        return strided_like(problem.q[0], out), lse, rest
 
     def backward(
         self,
@@ -72,24 +73,22 @@ class _Reference:
     ) -> Gradients:
         grads = reference.gradients(problem, dout, dlse)
         lists: dict[str, Any] = {
-            n: tuple(map(_strided_like, getattr(problem, n), getattr(grads, n))) for n in ("q", "k", "v")
+            n: tuple(map(strided_like, getattr(problem, n), getattr(grads, n))) for n in ("q", "k", "v")
         }
         terms: dict[str, Any] = {}
         for name in TERMS:
             if (grad := getattr(grads, name)) is not None:
                 whole = name in ("qr", "kr")
-                terms[name] = _strided_like(getattr(problem, name), grad) if whole else grad.contiguous()
+                terms[name] = strided_like(getattr(problem, name), grad) if whole else grad.contiguous()
         return Gradients(**lists, **terms)
 
 
-def _strided_like(model: Tensor, value: Tensor) -> Tensor:
-    """value in the strides of `empty_like(model)`, which is what every backend promises to compiled callers."""
-    promised = torch.empty_like(model)
-    return value if value.stride() == promised.stride() else promised.copy_(value)
-
-
 # what "auto" tries, in this order; the dense reference is only ever used by name
-AUTOMATIC: tuple[Backend, ...] = (cpu.CpuBackend(os.environ.get("LCATTN_CPU_ISA")),)
+AUTOMATIC: tuple[Backend, ...] = (
+    cpu.CpuBackend(os.environ.get("LCATTN_CPU_ISA")),
+    gpu.CudaBackend(),
+    gpu.TritonBackend(),
+)
 BACKENDS: dict[str, Backend] = {b.name: b for b in (*AUTOMATIC, _Reference())}
 
 
@@ -102,12 +101,12 @@ def check_name(name: str) -> str:
     return name
 
 
-def select(problem: Problem, name: str) -> Backend:
+def select(problem: Problem, name: str, differentiable: bool) -> Backend:
     """The backend of a checked name for a problem; RuntimeError with every reason if none can, never a fallback."""
     candidates = AUTOMATIC if name == "auto" else (BACKENDS[name],)
     reasons = []
     for backend in candidates:
-        reason = backend.reject_reason(problem)
+        reason = backend.reject_reason(problem, differentiable)
         if reason is None:
             return backend
         reasons.append(f"{backend.name}: {reason}")

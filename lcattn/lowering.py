@@ -25,7 +25,8 @@ from .layout import Context, Layout
 _TILES_AT_ONCE = 1024
 
 
-@dataclass(frozen=True)
+# compared by identity, so that a table can be remembered by
+@dataclass(frozen=True, eq=False)
 class BlockTable:
     """A lowered layout. Bt in {1, B}, Ht in {1, H}; P phases; block sizes block_q x block_k.
 

@@ -39,7 +39,7 @@ def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """out and lse of a problem, differentiable, on the named backend."""
     if _is_plain_inference(problem):
         # in decoding the operator would cost a good part of the kernel's own time
-        out, lse, _ = dispatch.select(problem, backend).forward(problem, differentiable=False)
+        out, lse, _ = dispatch.select(problem, backend, False).forward(problem, differentiable=False)
     else:
         out, lse, _ = torch.ops.lcattn.attention(*arguments(problem, backend))
     return out, lse
@@ -114,7 +114,8 @@ def _problem(inputs: Sequence[Any]) -> Problem:
 @torch.library.impl("lcattn::attention", "default")
 def _attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem = _problem(inputs)
-    return dispatch.select(problem, inputs[-1]).forward(problem, inputs[_NAMES.index("differentiable")])
+    differentiable = inputs[_NAMES.index("differentiable")]
+    return dispatch.select(problem, inputs[-1], differentiable).forward(problem, differentiable)
 
 
 @torch.library.register_fake("lcattn::attention")
@@ -134,7 +135,8 @@ def _backward(*inputs: Any) -> list[Tensor]:
     problem = _problem(inputs[:_N_INPUTS])
     out, lse, lse_rest, dout, dlse, wanted = inputs[_N_INPUTS:]
     names = frozenset(name for name, want in zip(TERMS, wanted, strict=True) if want)
-    grads = dispatch.select(problem, inputs[_N_INPUTS - 1]).backward(problem, out, lse, lse_rest, dout, dlse, names)
+    backend = dispatch.select(problem, inputs[_N_INPUTS - 1], differentiable=True)
+    grads = backend.backward(problem, out, lse, lse_rest, dout, dlse, names)
     result = [*grads.q, *grads.k, *grads.v]
     for name in TERMS:
         grad = getattr(grads, name) if name in names else None

@@ -39,7 +39,7 @@ struct BlockTable {
   int64_t n_rows = 0;                // blocks in this direction
   int64_t batch = 1, heads = 1;      // Bt in {1, B}; Ht in {1, G, H}
 
-  const int32_t* row(int64_t b, int64_t h, int64_t H, int64_t r, int64_t P) const {
+  constexpr const int32_t* row(int64_t b, int64_t h, int64_t H, int64_t r, int64_t P) const {
     const int64_t bt = batch == 1 ? 0 : b, ht = h / (H / heads);
     return seg_ptr + ((bt * heads + ht) * n_rows + r) * (2 * P + 1);
   }
