@@ -245,7 +245,7 @@ class ChunkedSelfAttention(nn.Module):
     """Self-attention in which a token sees its own chunk and the neighbouring ones, with a learned bias.
 
     out = attention(x W_q, x W_k, x W_v) W_o + b_o, of layout
-    (Chunked(chunk, lookback, lookahead) | Global(n_global)) & Causal(), the last two where asked for
+    (Chunked(chunk, lookback, lookahead) | Global(n_global) | also) & Causal(), the last three where asked for
 
     Args:
         embed_dim: width of the tokens; num_heads: query heads H, of embed_dim / H features each.
@@ -253,6 +253,7 @@ class ChunkedSelfAttention(nn.Module):
         causal: and no later token.
         num_kv_heads: key and value heads G, dividing H; H by default.
         n_global: the first n_global tokens see all and are seen by all (but for causality).
+        also: a layout of further pairs, such as TopKBlocks(16) or Bridge(chunk).
         position: one position, a sequence of them, or None. By default a learned `RelativeBias`, the
             parameter `position.table` [H, L], zero at first, with an entry for each offset that chunks can
             reach; what global tokens reach beyond takes the entry at its end. In a position of your own, what
@@ -261,7 +262,7 @@ class ChunkedSelfAttention(nn.Module):
         dropout: probability of dropping a weight in training.
         bias: biases in the projections.
 
-    Cost: O(T * chunk) time, O(T) memory.
+    Cost: O(T * chunk) time, O(T) memory, and what `also` adds.
     Source: Beltagy et al. 2020 (Longformer), section 3.1; the bias, Raffel et al. 2020 (T5), section 2.1.
     """
 
@@ -275,6 +276,7 @@ class ChunkedSelfAttention(nn.Module):
         causal: bool = False,
         num_kv_heads: int | None = None,
         n_global: int = 0,
+        also: Layout | None = None,
         position: Position | Sequence[Position] | str | None = "learned",
         dropout: float = 0.0,
         bias: bool = True,
@@ -296,6 +298,8 @@ class ChunkedSelfAttention(nn.Module):
         layout: Layout = Chunked(chunk, lookback, lookahead)
         if n_global:
             layout = layout | Global(n_global)
+        if also is not None:
+            layout = layout | _check_layout(also, "also")
         self.layout = layout & Causal() if causal else layout
         if isinstance(position, str):
             if position != "learned":
@@ -385,7 +389,7 @@ class EncoderLayer(nn.Module):
         layer_norm_eps: of both LayerNorms.
         bias: biases in all linears and norms.
         attention: further arguments of ChunkedSelfAttention: lookback, lookahead, causal, num_kv_heads,
-            n_global, position.
+            n_global, also, position.
 
     Source: Vaswani et al. 2017, section 3.1; norm_first, Xiong et al. 2020.
     """
@@ -498,9 +502,9 @@ def _position_module(position: Any) -> Any:
     return _PositionModule(position) if dataclasses.is_dataclass(position) else position
 
 
-def _check_layout(layout: Any) -> Layout:
+def _check_layout(layout: Any, name: str = "layout") -> Layout:
     if not isinstance(layout, Layout):
-        raise TypeError(f"layout: expected a layout such as Causal(), got {type(layout).__name__}")
+        raise TypeError(f"{name}: expected a layout such as Causal(), got {type(layout).__name__}")
     return layout
 
 

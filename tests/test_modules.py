@@ -320,6 +320,7 @@ BAD_MODULES = {
         ValueError,
         "n_global: expected 0 or more",
     ),
+    "also": (lambda: ChunkedSelfAttention(E, H, 8, also="Full()"), TypeError, "also: expected a layout"),
     "dropout": (
         lambda: ChunkedSelfAttention(E, H, 8, dropout=1.0),
         ValueError,
@@ -616,6 +617,22 @@ def test_a_later_token_changes_nothing_before_it() -> None:
         assert changed[:j].sum() == 0 and changed[j] > 0
         # within reach of the chunk after
         assert (changed[j : min(T, j // 8 * 8 + 16)] > 0).all()
+
+
+@pytest.mark.parametrize("also", [lcattn.Bridge(8), lcattn.TopKBlocks(1, 8)], ids=lambda also: type(also).__name__)
+def test_what_chunks_see_besides(also: lcattn.Layout) -> None:
+    """A far token reaches a later one only through what `also` adds, and gradients flow through it."""
+    plain = ChunkedSelfAttention(E, H, 8, causal=True)
+    more = ChunkedSelfAttention(E, H, 8, causal=True, also=also)
+    more.load_state_dict(plain.state_dict())
+    x = torch.randn(B, T, E)
+    sharpen(plain, x)
+    sharpen(more, x)
+    # tokens of the third chunk onwards see nothing of the first by chunks alone
+    for module, reaches in ((plain, False), (more, True)):
+        given = x.clone().requires_grad_()
+        module(given)[:, 16:].square().sum().backward()
+        assert bool((given.grad[:, :8] != 0).any()) == reaches
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
