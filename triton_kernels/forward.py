@@ -9,8 +9,11 @@ units of log2.
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -87,7 +90,7 @@ def _attend(
     S,
     scale,
     softcap,
-    GROUP: tl.constexpr,
+    group,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -95,7 +98,7 @@ def _attend(
 ):
     """One block of keys: scores, softmax, and p v added to the sums."""
     k_idx = k_block * BLOCK + tl.arange(0, BLOCK)
-    k_tile = _load_rows(k, k_strides, b, h // GROUP, k_idx, S, D, BLOCK_D)
+    k_tile = _load_rows(k, k_strides, b, h // group, k_idx, S, D, BLOCK_D)
     # [BLOCK, BLOCK]
     score = tl.dot(q, tl.trans(k_tile)) * scale
     if bias is not None or slope is not None:
@@ -117,13 +120,18 @@ def _attend(
     reference = tl.where(new_max == float("-inf"), 0.0, new_max)
     weight = tl.exp2(score - reference[:, None])
     keep = tl.exp2(row_max - reference)
-    v_tile = _load_rows(v, v_strides, b, h // GROUP, k_idx, S, D, BLOCK_D)
+    v_tile = _load_rows(v, v_strides, b, h // group, k_idx, S, D, BLOCK_D)
     acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * keep[:, None])
     return acc, new_max, row_sum * keep + tl.sum(weight, 1)
 
 
-# lengths and coordinates differ from call to call: no kernel of their own for multiples of 16
-@triton.jit(do_not_specialize=["row_start", "T", "S", "bias_min", "bias_length"])
+# what differs from call to call gets no kernel of its own for ones and multiples of 16
+@triton.jit(
+    do_not_specialize=[
+        "seg_ptr_strides", "row_start", "q_pos_strides", "k_pos_strides", "bias_strides", "bias_min",
+        "bias_length", "T", "S", "group", "table_group",
+    ]
+)  # fmt: skip
 def _forward(
     q,
     q_strides,
@@ -154,9 +162,9 @@ def _forward(
     S,
     scale,
     softcap,
+    group,
+    table_group,
     PHASES: tl.constexpr,
-    GROUP: tl.constexpr,
-    TABLE_GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -165,7 +173,7 @@ def _forward(
     q_row = row_start // BLOCK + tl.program_id(0)
     # the first block may begin before the first query
     q_idx = q_row * BLOCK - row_start + tl.arange(0, BLOCK)
-    segments = seg_ptr + b * seg_ptr_strides[0] + h // TABLE_GROUP * seg_ptr_strides[1] + q_row * seg_ptr_strides[2]
+    segments = seg_ptr + b * seg_ptr_strides[0] + h // table_group * seg_ptr_strides[1] + q_row * seg_ptr_strides[2]
     n_k_blocks = tl.cdiv(S, BLOCK)
 
     acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
@@ -185,7 +193,7 @@ def _forward(
                     acc, row_max, row_sum, q_tile, here, k_block, 0, phase, b, h,
                     k[phase], k_strides[phase], v[phase], v_strides[phase], mask_tiles, key_bits, k_pos, k_pos_strides,
                     bias, bias_strides, bias_min, bias_length, slope, S, scale, softcap,
-                    GROUP, D, BLOCK_D, BLOCK, False,
+                    group, D, BLOCK_D, BLOCK, False,
                 )  # fmt: skip
         for entry in range(tiled, end):
             k_block, tile = tl.load(entries + 2 * entry), tl.load(entries + 2 * entry + 1)
@@ -194,17 +202,16 @@ def _forward(
                     acc, row_max, row_sum, q_tile, here, k_block, tile, phase, b, h,
                     k[phase], k_strides[phase], v[phase], v_strides[phase], mask_tiles, key_bits, k_pos, k_pos_strides,
                     bias, bias_strides, bias_min, bias_length, slope, S, scale, softcap,
-                    GROUP, D, BLOCK_D, BLOCK, True,
+                    group, D, BLOCK_D, BLOCK, True,
                 )  # fmt: skip
 
-    if sink is not None:
-        sink_score = tl.load(sink + h) * _LOG2E
-        new_max = tl.maximum(row_max, sink_score)
-        reference = tl.where(new_max == float("-inf"), 0.0, new_max)
-        keep = tl.exp2(row_max - reference)
-        row_sum = row_sum * keep + tl.exp2(sink_score - reference)
-        acc *= keep[:, None]
-        row_max = new_max
+    sink_score = tl.load(sink + h) * _LOG2E
+    new_max = tl.maximum(row_max, sink_score)
+    reference = tl.where(new_max == float("-inf"), 0.0, new_max)
+    keep = tl.exp2(row_max - reference)
+    row_sum = row_sum * keep + tl.exp2(sink_score - reference)
+    acc *= keep[:, None]
+    row_max = new_max
     # a row that sees nothing is zero
     empty = row_sum == 0
     row_sum = tl.where(empty, 1.0, row_sum)
@@ -244,18 +251,20 @@ def arguments(inputs: KernelInputs, out: Tensor, lse: Tensor) -> tuple[tuple[int
         "bias_min": inputs.bias_min,
         "bias_length": 0 if inputs.bias is None else inputs.bias.shape[2],
         "slope": inputs.slope,
-        "sink": inputs.sink,
+        "sink": _no_sink(H, out.device) if inputs.sink is None else inputs.sink,
         "T": T,
         "S": S,
         "scale": inputs.scale,
         "softcap": inputs.softcap,
         "PHASES": len(inputs.phase_map) // 3,
-        "GROUP": H // G,
-        "TABLE_GROUP": H // inputs.seg_ptr.shape[1],
+        "group": H // G,
+        "table_group": H // inputs.seg_ptr.shape[1],
         "D": D,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "BLOCK": _BLOCK,
-        "num_warps": 4,
+        # what fits into the shared memory of every architecture, 99 KiB a block on some
+        "num_warps": 4 if D <= 64 else 8,
+        "num_stages": 2,
     }
     for i, name in enumerate(("q", "k", "v")):
         # one for each phase, the same tensor where phases share it
@@ -263,6 +272,12 @@ def arguments(inputs: KernelInputs, out: Tensor, lse: Tensor) -> tuple[tuple[int
         values[name] = tensors
         values[f"{name}_strides"] = tuple(t.stride()[:3] for t in tensors)
     return grid, values
+
+
+@functools.lru_cache(maxsize=64)
+def _no_sink(H: int, device: torch.device) -> Tensor:
+    """[H] sinks of no weight."""
+    return torch.full((H,), -math.inf, device=device)
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...]:

@@ -191,7 +191,8 @@ class Rows {
 
   // scores of one row from products: scaled, with bias and slope, capped, masked, in units of log2
   __device__ void add_terms(float (&scores)[kBlock / 8][4], const Visit& visit, int half) const {
-    const uint64_t bits = visible(visit, half);
+    // this lane's first column becomes bit 0, so that each test is of a constant bit
+    const uint64_t bits = visible(visit, half) >> lane_ % 4 * 2;
     const int64_t i = min(max(first_ + 8 * half, int64_t{0}), p_.T - 1);
     const bool by_offset = p_.bias.data != nullptr || p_.slope != nullptr;
     const int f = visit.phase;
@@ -203,15 +204,14 @@ class Rows {
     for (int column = 0; column < kBlock / 8; ++column) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int key = column * 8 + lane_ % 4 * 2 + e;
         float& score = scores[column][2 * half + e];
-        if ((bits >> key & 1) == 0) {
+        if ((bits >> (column * 8 + e) & 1) == 0) {
           score = minus_infinity();
           continue;
         }
         score *= p_.scale;
         if (by_offset) {
-          const int64_t j = int64_t{kBlock} * visit.k_block + key;
+          const int64_t j = int64_t{kBlock} * visit.k_block + column * 8 + lane_ % 4 * 2 + e;
           const int64_t k_pos =
               p_.k_pos == nullptr
                   ? j

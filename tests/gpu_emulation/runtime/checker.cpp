@@ -1,0 +1,291 @@
+#include "checker.h"
+
+#include <cstring>
+
+#include "launch.h"
+#include "memory.h"
+
+namespace emulation {
+
+namespace {
+
+struct Checked {
+  Thread& thread;
+  Region& region;
+  AccessKind kind;
+  uint32_t site, bytes;
+  size_t offset;
+};
+
+bool reads(Access access) {
+  return access == Access::kRead || access == Access::kReadOnly || access == Access::kReadWrite;
+}
+
+bool writes(Access access) { return access != Access::kRead && access != Access::kReadOnly; }
+
+const char* name(const AccessKind& kind) {
+  switch (kind.access) {
+    case Access::kRead:
+    case Access::kReadOnly:
+      return "read";
+    case Access::kWrite:
+      return "write";
+    case Access::kReadWrite:
+      return "atomic operation";
+    case Access::kCopyIssued:
+    case Access::kCopyDone:
+      return "asynchronous copy";
+  }
+  return "";
+}
+
+std::string place(const Region& region, size_t offset) {
+  std::string text = region.is_shared ? "shared memory" : "global memory";
+  if (!region.label.empty()) text += " (" + region.label + ")";
+  return text + " at byte " + std::to_string(offset);
+}
+
+[[noreturn]] void report(const Checked& checked, size_t offset, const char* what) {
+  char text[400];
+  snprintf(text, sizeof text, "%s: %u-byte %s of %s", what, checked.bytes, name(checked.kind),
+           place(checked.region, offset).c_str());
+  fail(checked.thread, checked.site, "%s", text);
+}
+
+[[noreturn]] void report_race(const Checked& checked, size_t offset, const char* what,
+                              uint32_t block, uint32_t thread, const char* verb, uint32_t site) {
+  char text[700], who[100];
+  if (block == checked.thread.warp->block->serial) {
+    snprintf(who, sizeof who, "thread %u", thread);
+  } else {
+    snprintf(who, sizeof who, "thread %u of another block", thread);
+  }
+  snprintf(text, sizeof text, "%s: %u-byte %s of %s, which %s %s%s%s", what, checked.bytes,
+           name(checked.kind), place(checked.region, offset).c_str(), who, verb,
+           site == ~0u ? "" : " at ", site == ~0u ? "" : describe_site(site).c_str());
+  fail(checked.thread, checked.site, "%s", text);
+}
+
+bool are_ordered(const Thread& thread, const Readers& readers) {
+  for (uint32_t lanes = readers.lanes; lanes; lanes &= lanes - 1) {
+    const uint32_t lane = __builtin_ctz(lanes);
+    if (!is_ordered(thread, readers.warp.block, readers.warp.who * kLanes + lane,
+                    readers.warp.epoch)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+void record_read(const Checked& checked, Shadow& shadow, Cell& cell) {
+  const Thread& thread = checked.thread;
+  const Readers mine = {
+      {thread.warp->block->serial, thread.warp->index, thread.epoch}, 1u << thread.lane};
+  Readers& readers = cell.readers;
+  if (readers.lanes && readers.warp.block != mine.warp.block) {
+    const bool is_this_launch = readers.warp.block >= launched().first_block;
+    const uint32_t other = is_this_launch ? readers.warp.block : 0;
+    shadow.forget_readers(cell);
+    cell.other_block = other;
+  }
+  if (!readers.lanes) {
+    readers = mine;
+    return;
+  }
+  const auto add = [&](Readers& have) {
+    const bool same = have.warp.who == mine.warp.who && have.warp.epoch == mine.warp.epoch;
+    if (same) {
+      have.lanes |= mine.lanes;
+    } else if (are_ordered(thread, have)) {
+      have = mine;
+    } else {
+      return false;
+    }
+    return true;
+  };
+  if (add(readers)) return;
+  auto& more = shadow.more_readers(cell);
+  for (Readers& have : more) {
+    if (add(have)) return;
+  }
+  more.push_back(mine);
+}
+
+void check_readers(const Checked& checked, size_t offset, const Shadow& shadow, const Cell& cell) {
+  const Thread& thread = checked.thread;
+  const auto check = [&](const Readers& readers) {
+    if (!readers.lanes || are_ordered(thread, readers)) return;
+    for (uint32_t lanes = readers.lanes; lanes; lanes &= lanes - 1) {
+      const uint32_t other = readers.warp.who * kLanes + __builtin_ctz(lanes);
+      if (!is_ordered(thread, readers.warp.block, other, readers.warp.epoch)) {
+        report_race(checked, offset, "race (write after read)", readers.warp.block, other, "read",
+                    ~0u);
+      }
+    }
+  };
+  check(cell.readers);
+  if (cell.more_readers) {
+    for (const Readers& readers : shadow.reader_lists[cell.more_readers - 1]) check(readers);
+  }
+  const uint32_t other = cell.other_block;
+  if (other < launched().first_block || other == 0 || other == thread.warp->block->serial) return;
+  const bool acquired =
+      thread.clock && thread.clock->others && thread.clock->others->contains(other);
+  if (!acquired) report_race(checked, offset, "race (write after read)", other, 0, "read", ~0u);
+}
+
+// generated code may have threads that hold the same value all store it
+bool is_equal_write(const Checked& checked, size_t offset, const Cell& cell, size_t bytes) {
+  if (!launched().options.allow_equal_writes || !checked.kind.values) return false;
+  if (!checked.region.is_shared || cell.write_site != checked.site) return false;
+  const auto* values = static_cast<const char*>(checked.kind.values);
+  return memcmp(checked.region.begin + offset, values + (offset - checked.offset), bytes) == 0;
+}
+
+void check_cell(const Checked& checked, size_t offset, uint8_t state, Cell& cell, size_t bytes) {
+  const Thread& thread = checked.thread;
+  Shadow& shadow = checked.region.shadow;
+  const Access access = checked.kind.access;
+  const Stamp written = cell.write;
+  if (written.block) {
+    if (access == Access::kReadOnly && written.block >= launched().first_block &&
+        !checked.region.is_shared) {
+      report_race(checked, offset, "read-only load of memory that the launch writes", written.block,
+                  written.who, "wrote", cell.write_site);
+    }
+    const bool other_block = written.block != thread.warp->block->serial;
+    const bool both_strong = checked.kind.is_strong && (state & kStrong) &&
+                             !(checked.kind.is_block_scope && other_block);
+    const bool sums = checked.kind.is_float_sum && (state & kFloatSum) &&
+                      !launched().options.allow_unordered;
+    if ((!both_strong || sums) && !is_ordered(thread, written.block, written.who, written.epoch) &&
+        !is_equal_write(checked, offset, cell, bytes)) {
+      const char* what = sums && both_strong       ? "unordered float reduction"
+                         : reads(access) && access != Access::kReadWrite ? "race (read after write)"
+                                                   : "race (write after write)";
+      report_race(checked, offset, what, written.block, written.who,
+                  sums && both_strong ? "added to" : "wrote", cell.write_site);
+    }
+  }
+  if (!writes(access)) {
+    // a strong read may meet strong writes unordered, and a plain write is what it is not safe from
+    if (!checked.kind.is_strong) record_read(checked, shadow, cell);
+    return;
+  }
+  if (cell.readers.lanes || cell.other_block) {
+    check_readers(checked, offset, shadow, cell);
+    shadow.forget_readers(cell);
+  }
+  cell.write = {thread.warp->block->serial, thread.index, thread.epoch};
+  cell.write_site = checked.site;
+}
+
+void check_states(const Checked& checked) {
+  const uint8_t* state = &checked.region.shadow.state[checked.offset];
+  const Access access = checked.kind.access;
+  for (uint32_t i = 0; i < checked.bytes; ++i) {
+    if (!(state[i] & kOwned)) report(checked, checked.offset + i, "out of bounds: in a gap between the tensor's rows");
+    if ((state[i] & kPending) && access != Access::kCopyDone) {
+      const Cell& word = checked.region.shadow.cells[(checked.offset + i) / 4];
+      const Cell& cell =
+          word.split ? checked.region.shadow.splits[word.split - 1][(checked.offset + i) % 4] : word;
+      report_race(checked, checked.offset + i, "destination of a copy in flight (not waited for)",
+                  cell.write.block, cell.write.who, "copies to", cell.write_site);
+    }
+    if (reads(access) && !(state[i] & kWritten)) {
+      report(checked, checked.offset + i, "uninitialised memory");
+    }
+  }
+}
+
+void set_states(const Checked& checked) {
+  uint8_t* state = &checked.region.shadow.state[checked.offset];
+  uint8_t value = kOwned;
+  if (checked.kind.access == Access::kCopyIssued) {
+    value |= kPending;
+  } else {
+    value |= kWritten;
+  }
+  if (checked.kind.is_strong) value |= kStrong;
+  if (checked.kind.is_float_sum) value |= kFloatSum;
+  memset(state, value, checked.bytes);
+}
+
+void check_region(const Checked& checked) {
+  check_states(checked);
+  Shadow& shadow = checked.region.shadow;
+  const uint8_t* state = shadow.state.data();
+  const bool is_write = writes(checked.kind.access);
+  const size_t end = checked.offset + checked.bytes;
+  for (size_t offset = checked.offset; offset < end;) {
+    Cell& word = shadow.cells[offset / 4];
+    if (offset % 4 == 0 && end - offset >= 4 && !word.split) {
+      check_cell(checked, offset, state[offset], word, 4);
+      offset += 4;
+      continue;
+    }
+    if (!word.split) {
+      const uint32_t split = shadow.new_split(word);
+      shadow.forget_readers(word);
+      word.split = split;
+    }
+    const size_t stop = std::min(end, offset / 4 * 4 + 4);
+    const bool whole = stop - offset == 4;
+    for (; offset < stop; ++offset) {
+      check_cell(checked, offset, state[offset], shadow.splits[word.split - 1][offset % 4], 1);
+    }
+    if (whole && is_write) {
+      const Cell first = shadow.splits[word.split - 1][0];
+      shadow.free_split(word);
+      word = first;
+      word.split = 0;
+    }
+  }
+  if (is_write) set_states(checked);
+}
+
+bool is_local(const Thread& thread, uint64_t address, uint32_t bytes) {
+  for (const LocalMemory& local : thread.local) {
+    const auto begin = reinterpret_cast<uint64_t>(local.address);
+    if (address >= begin && address + bytes <= begin + local.bytes) return true;
+  }
+  return false;
+}
+
+[[noreturn]] void report_bounds(Thread& thread, const Region& region, uint64_t address,
+                                uint32_t bytes, const AccessKind& kind, uint32_t site) {
+  const auto distance = int64_t(address - reinterpret_cast<uint64_t>(region.begin));
+  fail(thread, site, "out of bounds: %u-byte %s of %s%s%s%s at byte %ld of %zu", bytes, name(kind),
+       region.is_shared ? "shared memory" : "global memory", region.label.empty() ? "" : " (",
+       region.label.c_str(), region.label.empty() ? "" : ")", long(distance), region.bytes);
+}
+
+}  // namespace
+
+void check_access(Thread& thread, uint64_t address, uint32_t bytes, AccessKind kind,
+                  uint32_t site) {
+  Region* region = is_in_shared_window(address) ? &shared_region() : find_region(address);
+  if (!region) {
+    if (is_local(thread, address, bytes)) {
+      if (kind.space == Space::kLocal || kind.space == Space::kGeneric) return;
+      fail(thread, site, "%u-byte %s of local memory, by an instruction for another space", bytes,
+           name(kind));
+    }
+    fail(thread, site, "out of bounds: %u-byte %s of %s memory that is not allocated, address %#lx",
+         bytes, name(kind), kind.space == Space::kLocal ? "local" : "global", (unsigned long)address);
+  }
+  if (kind.space != Space::kGeneric && region->is_shared != (kind.space == Space::kShared)) {
+    fail(thread, site, "%u-byte %s of %s memory, by an instruction for another space", bytes,
+         name(kind), region->is_shared ? "shared" : "global");
+  }
+  const auto begin = reinterpret_cast<uint64_t>(region->begin);
+  if (address < begin || address + bytes > begin + region->bytes) {
+    report_bounds(thread, *region, address, bytes, kind, site);
+  }
+  if (region->is_read_only && writes(kind.access)) {
+    fail(thread, site, "%u-byte %s of constant memory", bytes, name(kind));
+  }
+  check_region({thread, *region, kind, site, bytes, address - begin});
+}
+
+}  // namespace emulation

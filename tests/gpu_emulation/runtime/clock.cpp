@@ -1,0 +1,132 @@
+#include "clock.h"
+
+#include <algorithm>
+#include <unordered_map>
+
+#include "launch.h"
+#include "thread.h"
+
+namespace emulation {
+
+namespace {
+
+std::unordered_map<uint64_t, std::shared_ptr<const Releases>> released_at;
+
+void merge_times(Times& into, const Times& from) {
+  for (size_t i = 0; i < into.size(); ++i) into[i] = std::max(into[i], from[i]);
+}
+
+std::shared_ptr<const Releases> merged(const std::shared_ptr<const Releases>& first,
+                                       const std::shared_ptr<const Releases>& second) {
+  if (!first || first == second) return second;
+  if (!second) return first;
+  auto result = std::make_shared<Releases>(*first);
+  for (const auto& [block, times] : *second) {
+    auto& mine = (*result)[block];
+    if (!mine) {
+      mine = times;
+    } else if (mine != times) {
+      auto both = std::make_shared<Times>(*mine);
+      merge_times(*both, *times);
+      mine = both;
+    }
+  }
+  return result;
+}
+
+void set_clock(Thread& thread, const std::shared_ptr<const Clock>& clock) {
+  thread.clock = clock;
+  thread.known = clock->times.data();
+}
+
+}  // namespace
+
+void contribute(Clock& clock, Thread& thread) {
+  clock.times.resize(thread.warp->block->thread_count, 0);
+  if (thread.clock) {
+    merge_times(clock.times, thread.clock->times);
+    clock.others = merged(clock.others, thread.clock->others);
+  }
+  clock.times[thread.index] = thread.epoch++;
+}
+
+void take(const std::shared_ptr<const Clock>& clock, Thread& thread) {
+  if (!thread.clock || thread.clock == clock) return set_clock(thread, clock);
+  auto both = std::make_shared<Clock>(*clock);
+  merge_times(both->times, thread.clock->times);
+  both->others = merged(both->others, thread.clock->others);
+  set_clock(thread, both);
+}
+
+void join(const std::vector<Thread*>& threads) {
+  auto clock = std::make_shared<Clock>();
+  clock->times.assign(threads.front()->warp->block->thread_count, 0);
+  // threads that last met each other share their clock, which then is merged once
+  const Clock* last = nullptr;
+  for (const Thread* thread : threads) {
+    if (!thread->clock || thread->clock.get() == last) continue;
+    last = thread->clock.get();
+    merge_times(clock->times, last->times);
+    clock->others = merged(clock->others, last->others);
+  }
+  for (Thread* thread : threads) clock->times[thread->index] = thread->epoch++;
+  for (Thread* thread : threads) set_clock(*thread, clock);
+}
+
+void release(Thread& thread) {
+  auto times = std::make_shared<Times>();
+  if (thread.clock) *times = thread.clock->times;
+  times->resize(thread.warp->block->thread_count, 0);
+  (*times)[thread.index] = thread.epoch++;
+  auto own = std::make_shared<Releases>();
+  (*own)[thread.warp->block->serial] = times;
+  thread.released = merged(own, thread.clock ? thread.clock->others : nullptr);
+}
+
+void acquire(Thread& thread) {
+  if (!thread.to_acquire) return;
+  const uint32_t block = thread.warp->block->serial;
+  auto clock = thread.clock ? std::make_shared<Clock>(*thread.clock) : std::make_shared<Clock>();
+  clock->times.resize(thread.warp->block->thread_count, 0);
+  if (auto own = thread.to_acquire->find(block); own != thread.to_acquire->end()) {
+    merge_times(clock->times, *own->second);
+  }
+  clock->others = merged(clock->others, thread.to_acquire);
+  thread.to_acquire = nullptr;
+  set_clock(thread, clock);
+}
+
+void strong_write(Thread& thread, uint64_t address, bool read_modify_write) {
+  auto& record = released_at[address];
+  if (read_modify_write) {
+    // a read-modify-write continues the release sequence that it read
+    record = merged(record, thread.released);
+  } else {
+    record = thread.released;
+  }
+}
+
+void strong_read(Thread& thread, uint64_t address) {
+  if (auto record = released_at.find(address); record != released_at.end()) {
+    thread.to_acquire = merged(thread.to_acquire, record->second);
+  }
+}
+
+void forget_releases() { released_at.clear(); }
+
+void forget_releases_between(uint64_t begin, uint64_t end) {
+  std::erase_if(released_at,
+                [&](const auto& entry) { return entry.first >= begin && entry.first < end; });
+}
+
+bool is_ordered(const Thread& thread, uint32_t block, uint32_t other, uint32_t epoch) {
+  if (block == thread.warp->block->serial) {
+    return other == thread.index || (thread.known && thread.known[other] >= epoch);
+  }
+  if (block < launched().first_block) return true;
+  if (!thread.clock || !thread.clock->others) return false;
+  const auto found = thread.clock->others->find(block);
+  return found != thread.clock->others->end() && (*found->second)[other] >= epoch;
+}
+
+}  // namespace emulation

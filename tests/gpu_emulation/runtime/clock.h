@@ -1,0 +1,44 @@
+// Vector clocks: which accesses of which threads happened before.
+//
+// Every thread counts epochs, and starts a new one where it releases: at barriers, __syncwarp and fences. An access is
+// stamped with its thread's epoch, and is ordered before whatever a thread does that knows of that epoch.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <vector>
+
+namespace emulation {
+
+struct Thread;
+
+using Times = std::vector<uint32_t>;
+// by block, the epochs of its threads that were released to a memory location
+using Releases = std::map<uint32_t, std::shared_ptr<const Times>>;
+
+struct Clock {
+  // by thread of the block, the last epoch known
+  Times times;
+  // of other blocks, where they released and this block acquired
+  std::shared_ptr<const Releases> others;
+};
+
+// all threads know of each other's accesses so far, as after a barrier
+void join(const std::vector<Thread*>& threads);
+
+// for barriers at which some arrive without waiting
+void contribute(Clock& clock, Thread& thread);
+void take(const std::shared_ptr<const Clock>& clock, Thread& thread);
+
+// the pattern of fences around an atomic or volatile access, PTX ISA, "Release and acquire patterns"
+void release(Thread& thread);
+void acquire(Thread& thread);
+void strong_write(Thread& thread, uint64_t address, bool read_modify_write);
+void strong_read(Thread& thread, uint64_t address);
+void forget_releases();
+void forget_releases_between(uint64_t begin, uint64_t end);
+
+// whether the running thread knows of an access
+bool is_ordered(const Thread& thread, uint32_t block, uint32_t other, uint32_t epoch);
+
+}  // namespace emulation
