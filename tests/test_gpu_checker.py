@@ -19,8 +19,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from tests.conftest import SEED
-from tests.gpu_emulation import Counts, EmulationError, Memory, compile, emulate
-from tests.gpu_emulation.build import kernel, runtime
+from tests.gpu_emulation import Counts, EmulationError, Memory, build, compile, emulate
 from tests.gpu_emulation.compile import Launch, nvcc_ptx, triton_compile, triton_launch
 from tests.gpu_emulation.interpret import interpret
 from tests.gpu_emulation.planted.launches import ATTENTION_SHARED_BYTES, KERNELS, defects, ptx, run, source
@@ -125,9 +124,9 @@ WRONG_NUMBERS = (
 @pytest.fixture(scope="module")
 def translated() -> None:
     """All kernels' translations, compiled side by side rather than when each first runs."""
-    runtime()
+    build.runtime()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda item: kernel(ptx(item[1][0]), item[0]), KERNELS.items()))
+        list(pool.map(lambda item: build.kernel(ptx(item[1][0]), item[0]), KERNELS.items()))
 
 
 def named_lines(message: str, file: str) -> list[str]:

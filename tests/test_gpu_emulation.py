@@ -1,134 +1,222 @@
-"""The emulator against definitions of its instructions, and what it promises of errors, orders and caching."""
+"""What the emulator promises: state spaces and barriers, errors, orders of threads, arguments, and caching."""
 
 from __future__ import annotations
 
-import math
+import os
 import random
-from functools import cache
+import re
+import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import SEED
-from tests.gpu_emulation import Memory, emulate
-from tests.gpu_emulation.conversion_cases import comparison_cases, conversion_cases
-from tests.gpu_emulation.formats import FORMATS
-from tests.gpu_emulation.instruction_cases import WIDTHS, Case, float_cases, half_cases, integer_cases
+from tests.gpu_emulation import EmulationError, Memory, build, emulate
+from tests.gpu_emulation.instruction_cases import signed
+from tests.gpu_emulation.warp_cases import HEADER
 
-HEADER = ".version 8.5\n.target sm_80\n.address_size 64\n"
-THREADS = 256
 
-GROUPS = {
-    "integer": integer_cases,
-    "float": float_cases,
-    "half": half_cases,
-    "comparison": comparison_cases,
-    "conversion": conversion_cases,
+def _kernel(name: str) -> str:
+    return (Path(__file__).parent / "gpu_emulation" / "kernels" / f"{name}.ptx").read_text()
+
+
+def _memory_expected(thread: int, data: list[int], added: int) -> list[int]:
+    """The words that a thread of the kernel `memory` writes."""
+    raw = b"".join(word.to_bytes(4, "little") for word in data)
+    byte, half = raw[3], int.from_bytes(raw[6:8], "little")
+    other = thread ^ 1
+    pair = thread & ~1
+    words = [
+        signed(byte, 8),
+        byte,
+        signed(half, 16),
+        half,
+        data[4] + other,
+        *data[5:8],
+        data[5],
+        3,
+        pair | (pair + 1) << 16,
+        0,
+    ]
+    words += [thread, (3, 5, 7, -9)[thread % 4], -5, struct.unpack("<i", struct.pack("<f", 0.25))[0]]
+    words += [11, 22, 33, struct.unpack("<i", struct.pack("<f", 2.5))[0], min(thread, 40), 100 * (1 + thread % 3), 5, 1]
+    words += [added, 0, data[0], 0, data[2], data[3], 0, thread]
+    return [word & 0xFFFFFFFF for word in words]
+
+
+def test_memory() -> None:
+    """State spaces, generic addresses, widths, calls, structs, barriers and asynchronous copies, in any order."""
+    data = [random.Random(SEED).getrandbits(32) for _ in range(8)]
+    words = torch.tensor([signed(word, 32) for word in data], dtype=torch.int32)
+    sums = []
+    for order, check in [(order, check) for order in ("forward", "reverse", 7) for check in (True, False)]:
+        with Memory() as memory:
+            pointed, out = memory.copy(torch.tensor([33], dtype=torch.int32)), memory.empty((64, 32), torch.int32)
+            record = struct.pack("<Qiid", pointed.data_ptr(), 11, 22, 2.5)
+            arguments = [words, out, record, -5, 0.25]
+            counts = emulate(
+                _kernel("memory"), "memory", (1, 1, 1), (64, 1, 1), 4096, arguments, order=order, check=check
+            )
+            # the module's variable lives on from launch to launch
+            sums.append(int(out[0, 24]))
+            for thread, row in enumerate(out.tolist()):
+                assert [word & 0xFFFFFFFF for word in row] == _memory_expected(thread, data, sums[-1])
+        assert counts.blocks == 1 and counts.instructions["cp.async"] == 64 * 7
+        assert bool(counts.traffic) == check
+    assert sums[0] % 128 == 1 and sums == list(range(sums[0], sums[0] + 128 * len(sums), 128))
+
+
+def test_atomics() -> None:
+    """Every atomic operation, by all threads of a block; their sums of floats are exact, so any order does."""
+    cells = torch.zeros(16, dtype=torch.int64)
+    cells[5], cells[14] = 0xFF, 5
+    cells[4], cells[9] = 100, 3
+    tickets = torch.zeros(64, dtype=torch.int32)
+    with pytest.raises(EmulationError, match="unordered float reduction: 4-byte atomic operation"):
+        emulate(_kernel("atomics"), "atomics", (1, 1, 1), (64, 1, 1), args=[cells.clone(), tickets])
+    emulate(_kernel("atomics"), "atomics", (1, 1, 1), (64, 1, 1), args=[cells, tickets], order=3, allow_unordered=True)
+    total = 63 * 32
+    float_total = struct.unpack("<I", struct.pack("<f", total))[0]
+    assert cells[:8].tolist() == [total, total, float_total, 63, 0, 0, 63, 0]
+    # wraps to zero after 40, and from zero to 40
+    assert cells[8:10].tolist() == [64 % 41, (3 - 64) % 41]
+    assert cells[10:12].tolist() == [0x54005400, 0x42804280]
+    assert cells[12:14].tolist() == [7, 9] and 0 <= cells[14] < 64 and cells[15] == 64
+    assert sorted(tickets.tolist()) == list(range(64))
+
+
+def _fault(number: int, order: str | int = "forward", check: bool = True) -> torch.Tensor:
+    with Memory() as memory:
+        data, flag = memory.empty((128,), torch.int32), memory.copy(torch.zeros(1, dtype=torch.int32))
+        emulate(_kernel("faults"), "faults", (2, 1, 1), (64, 1, 1), 16, [number, data, flag], order=order, check=check)
+        return data.clone()
+
+
+FAULTS = {
+    1: "deadlock: threads spin on memory that none changes .*threads 0..63: spins at ld.volatile.global.u32",
+    2: r"race \(read after write\): 4-byte read of global memory \(argument 1\) .* which thread \d+ of another block",
+    4: r"unordered float reduction: .* \(argument 2\) at byte 0, which thread \d+ added to at red.global.add.f32",
+    5: r"out of bounds: 4-byte write of global memory \(argument 1\) at byte 512 of 512",
+    6: "out of bounds: 4-byte write of global memory that is not allocated, address 0x",
+    7: "misaligned: address 0x.* of a 8-byte access",
+    8: "lane 0 is not in its own mask fffffff0",
+    9: "deadlock: a warp's collective .*threads 0..15: waits for lanes ffffffff .*threads 16..31: waits for lanes",
+    11: "out of bounds: 4-byte read of global memory that is not allocated, address 0x8",
+    12: r"out of bounds: 4-byte write of global memory \(argument 1\) at byte -4 of 512",
 }
 
 
-def _edge_values(type_: str) -> list[int]:
-    width, form = WIDTHS[type_], FORMATS[type_]
-    zero, infinity = 0, ((1 << form.exponent_bits) - 1) << form.fraction_bits
-    one, least_normal = form.bias << form.fraction_bits, 1 << form.fraction_bits
-    positive = [zero, 1, least_normal - 1, least_normal, one - 1, one, one + 1, infinity - 1, infinity, infinity | 1]
-    # around the limits of integers, and halves between integers
-    powers = [(form.bias + power) << form.fraction_bits for power in (-1, 1, 7, 8, 15) if power <= form.bias]
-    powers += [(form.bias + power) << form.fraction_bits for power in (31, 32, 63, 64) if power <= form.bias]
-    positive += powers + [power - 1 for power in powers] + [power | 1 << (form.fraction_bits - 1) for power in powers]
-    return positive + [value | 1 << (width - 1) for value in positive]
+@pytest.mark.parametrize("number", FAULTS)
+def test_faults(number: int) -> None:
+    """Each error names the kernel, the block, and the thread, or all threads where they wait for each other."""
+    with pytest.raises(EmulationError, match=FAULTS[number]) as caught:
+        _fault(number)
+    assert re.match(r"faults: block \(\d,0,0\)", str(caught.value)) and "PTX line" in str(caught.value)
 
 
-def _operand(kind: int, generator: random.Random) -> int:
-    """64 bits, of which narrower operands are the lower ones."""
-    bits = generator.getrandbits(64)
-    if kind < 4:
-        type_ = ("f16", "bf16", "f32", "f64")[kind]
-        edge = generator.choice(_edge_values(type_))
-        width = WIDTHS[type_]
-        return (edge | edge << 16) if width == 16 else bits >> width << width | edge
-    if kind == 4:
-        return generator.randrange(80) * generator.choice((1, -1)) % (1 << 64)
-    if kind == 5:
-        # floats of like magnitudes, whose sums cancel
-        return bits & ~0x7F807C00 | 0x3F803C00 | (generator.randrange(4) << 23)
-    return bits
+@pytest.mark.parametrize("number", [0, 3, 10])
+@pytest.mark.parametrize("order", ["forward", "reverse", 1, 2])
+def test_faultless(number: int, order: str | int) -> None:
+    """Among them the last of two blocks reading what the other wrote, ordered by fences, or by the atomic operation."""
+    data = _fault(number, order)
+    assert (data % 1000 < 128).all() and (data >= 0).all()
+    if number:
+        # the last block's words are what the other wrote, and a thousand
+        assert (data >= 1000).sum() == 64
 
 
-@cache
-def _operands() -> list[tuple[int, int, int]]:
-    generator = random.Random(SEED)
-    kinds = [(kind, kind, kind) for kind in range(7)] + [(2, 4, 2), (6, 4, 4), (5, 2, 5)]
-    return [tuple(_operand(kind, generator) for kind in kinds[i % len(kinds)]) for i in range(THREADS)]
+@pytest.mark.parametrize("number", [6, 11])
+def test_invalid_addresses_unchecked(number: int) -> None:
+    """Without the checker, addresses that are not mapped still end in an error that names the instruction."""
+    with pytest.raises(EmulationError, match=r"out of bounds: invalid address.*\[PTX line \d+: (ld|st).global"):
+        _fault(number, check=False)
 
 
-def _register(name: str, type_: str) -> str:
-    return f"%{name}{max(WIDTHS[type_], 16)}"
+def _one(statement: str) -> str:
+    return (
+        f"{HEADER}.visible .entry one(.param .u64 p, .param .s32 n) {{\n.reg .b32 %a, %b; .reg .f32 %f, %g;"
+        f".reg .b64 %w; .reg .pred %q;\n{statement}\nret; }}"
+    )
 
 
-def _ptx(cases: list[Case]) -> str:
-    """One kernel that writes the result of case i and thread t to the 64 bits at 8 * (THREADS * i + t)."""
-    lines = [
-        f"{HEADER}.visible .entry cases(.param .u64 x, .param .u64 y, .param .u64 z, .param .u64 out) {{",
-        ".reg .pred %d1; .reg .b32 %tid, %flag;",
-        ".reg .b64 %at, %offset, %to;",
-        "mov.u32 %tid, %tid.x; mul.wide.u32 %offset, %tid, 8; ld.param.u64 %to, [out]; add.u64 %to, %to, %offset;",
-    ]
-    for name in "xyzd":
-        lines.append(f".reg .b16 %{name}16; .reg .b32 %{name}32; .reg .b64 %{name}64;")
-    for name in "xyz":
-        lines.append(f"ld.param.u64 %at, [{name}]; add.u64 %at, %at, %offset; ld.global.b64 %{name}64, [%at];")
-        lines.append(f"cvt.u32.u64 %{name}32, %{name}64; cvt.u16.u64 %{name}16, %{name}64;")
-    for number, case in enumerate(cases):
-        names = iter("xyz")
-        operands = [o[1:] if o.startswith("=") else _register(next(names), o) for o in case.operands]
-        destination = "%d1" if case.result == "pred" else _register("d", case.result)
-        lines.append(f"{case.opcode} {destination}, {', '.join(operands)};")
-        address = f"[%to+{8 * THREADS * number}]"
-        if case.result == "pred":
-            lines.append(f"selp.b32 %flag, 1, 0, %d1; st.global.b32 {address}, %flag;")
-        else:
-            lines.append(f"st.global.b{max(WIDTHS[case.result], 16)} {address}, {destination};")
-    return "\n".join([*lines, "ret; }"])
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("tcgen05.alloc.sync %a;", r"PTX line 6: tcgen05.alloc.sync %a: opcode tcgen05.alloc.sync is not supported"),
+        ("add.oob.f32 %f, %f, %g;", r"PTX line 6: add.oob.f32 %f, %f, %g: add.oob.f32: modifier .oob is not supported"),
+        ("ex2.f32 %f, %g;", "ex2.f32 has none of the modifiers supported here: approx"),
+        ("ld.global.f32 %f, [%z];", r"address not understood: \[%z\]"),
+        ("mov.b32 %a, nowhere;", "operand not understood: nowhere"),
+        ("selp.b32 %a, %b, %b, %w;", "operand %w is of type .b64, not .pred"),
+        ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%w}, {%w}, {%w}, {%w};", "shape m8n8k4 of .f64"),
+        ("cp.async.cg.shared.global [%a], [%w], 8;", "of 8 bytes is not allowed"),
+        ("call.uni far_away, (%a);", "function far_away is not defined in this module"),
+        (".reg .b32 %c<", "PTX line 6"),
+    ],
+)
+def test_untranslatable(statement: str, message: str) -> None:
+    with pytest.raises(EmulationError, match=message):
+        emulate(_one(statement), "one", (1, 1, 1), (32, 1, 1), args=[0, 0])
 
 
-def _as_tensor(values: list[int]) -> torch.Tensor:
-    return torch.tensor([value - (1 << 64) if value >> 63 else value for value in values])
+def test_arguments() -> None:
+    ptx = _one("")
+    with pytest.raises(EmulationError, match=r"expected 2 arguments \(p, n\), got 1"):
+        emulate(ptx, "one", (1, 1, 1), (32, 1, 1), args=[0])
+    with pytest.raises(EmulationError, match=r"parameter n \(.s32, 4 bytes\) cannot take int 4294967296"):
+        emulate(ptx, "one", (1, 1, 1), (32, 1, 1), args=[0, 1 << 32])
+    with pytest.raises(EmulationError, match="no kernel two; the module has one"):
+        emulate(ptx, "two", (1, 1, 1), (32, 1, 1))
+    with pytest.raises(EmulationError, match="a block of 2048 threads; 1 to 1024 are possible"):
+        emulate(ptx, "one", (1, 1, 1), (2048, 1, 1), args=[0, 0])
+    with pytest.raises(EmulationError, match="300000 bytes of shared memory, more than 262144"):
+        emulate(ptx, "one", (1, 1, 1), (32, 1, 1), 300000, args=[0, 0])
 
 
-def _run(cases: list[Case]) -> list[list[int]]:
-    with Memory() as memory:
-        inputs = [memory.copy(_as_tensor(list(values))) for values in zip(*_operands(), strict=True)]
-        out = memory.empty((len(cases), THREADS), torch.int64)
-        emulate(_ptx(cases), "cases", (1, 1, 1), (THREADS, 1, 1), args=[*inputs, out], check=False)
-        masks = [(1 << max(WIDTHS[case.result], 16 if case.result != "pred" else 32)) - 1 for case in cases]
-        return [[value & mask for value in row] for row, mask in zip(out.tolist(), masks, strict=True)]
+def test_tensors() -> None:
+    """Copies keep sizes, strides and alignment; what lies between rows is not the tensor's."""
+    base = torch.randn(10, 48)
+    for tensor in (base[:, :40], base[1:, 3:].t(), base[:, :1].expand(10, 5), base[:0], torch.tensor(3.0)):
+        with Memory() as memory:
+            copy = memory.copy(tensor)
+            assert torch.equal(copy, tensor) and copy.stride() == tensor.stride()
+            assert copy.data_ptr() % 16 == tensor.data_ptr() % 16
+            assert memory.written(copy).all() and not memory.written(memory.empty((3,))).any()
+    # the host may use them longer
+    assert torch.equal(copy, tensor)
 
 
-def _is_nan(type_: str, bits: int) -> bool:
-    return type_ in FORMATS and math.isnan(FORMATS[type_].decode(bits))
+def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is compiled once, by one of several processes that need it, and again when its PTX changes."""
+    monkeypatch.setattr(build, "_CACHE", tmp_path)
+    compiled: list[Path] = []
+    compile_ = build._compile
+    monkeypatch.setattr(
+        build, "_compile", lambda arguments, output: (compiled.append(output), compile_(arguments, output))
+    )
+    library = build.runtime()
+    monkeypatch.setattr(build, "runtime", lambda: library)
+    with ThreadPoolExecutor(2) as pool:
+        # past the cache in memory, as other processes are
+        kernels = list(pool.map(lambda _: build.kernel.__wrapped__(_one(""), "one"), range(2)))
+    assert kernels[0] == kernels[1] and 1 <= len(compiled) <= 2
+    assert len(list(tmp_path.iterdir())) == 1
+    before = len(compiled)
+    build.kernel.__wrapped__(_one(""), "one")
+    assert len(compiled) == before
+    build.kernel.__wrapped__(_one("mov.b32 %a, %b;"), "one")
+    assert len(compiled) == before + 1
 
 
-def _agree(case: Case, got: int, expected: int) -> bool:
-    """Equal bits, but for a NaN's."""
-    expected &= (1 << (16 if WIDTHS[case.result] == 8 else WIDTHS[case.result])) - 1
-    if case.result.endswith("x2"):
-        half = case.result.removesuffix("x2")
-        parts = [(got >> shift & 0xFFFF, expected >> shift & 0xFFFF) for shift in (0, 16)]
-        return all(a == b or (_is_nan(half, a) and _is_nan(half, b)) for a, b in parts)
-    return got == expected or (_is_nan(case.result, got) and _is_nan(case.result, expected))
-
-
-@pytest.mark.parametrize("group", GROUPS)
-def test_instructions(group: str) -> None:
-    """Over random bits and edge cases, each instruction gives what its definition does."""
-    cases = GROUPS[group]()
-    wrong = []
-    for case, row in zip(cases, _run(cases), strict=True):
-        for values, got in zip(_operands(), row, strict=True):
-            bits = [value & ((1 << WIDTHS[type_]) - 1) for value, type_ in zip(values, case.types, strict=False)]
-            expected = case.reference(*bits)
-            if not _agree(case, got, expected):
-                wrong.append(f"{case.opcode} {[hex(value) for value in bits]}: {got:#x}, expected {expected:#x}")
-                break
-    assert not wrong, "\n".join(wrong)
+def test_ucontext() -> None:
+    """The portable switch of fibers runs what the hand-written one does."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "test_fault"]
+    # compiled quickly, as it is for this test alone
+    flags = "-DGPU_EMULATION_UCONTEXT -O0"
+    environment = {**os.environ, "GPU_EMULATION_FLAGS": flags, "LCATTN_TEST_SEED": str(SEED)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout

@@ -37,10 +37,19 @@ def _load_rows(base, strides, b, head, row, n_rows, D: tl.constexpr, BLOCK_D: tl
 
 
 @triton.jit
-def _coordinates(positions, strides, phase, b, index, n, default):
+def _of_phase(tensors, phase, PHASES: tl.constexpr):
+    """One of a tuple of pointers, chosen while the kernel runs, so that its code is not repeated for each phase."""
+    chosen = tensors[0]
+    for other in tl.static_range(1, PHASES):
+        chosen = tl.where(phase == other, tensors[other], chosen)
+    return chosen
+
+
+@triton.jit
+def _coordinates(positions, phase_stride, batch_stride, phase, b, index, n, default):
     """Coordinates of the offset, those given or the default; int64, so that no difference overflows."""
     if positions is not None:
-        start = positions + phase * strides[0] + b * strides[1]
+        start = positions + phase * phase_stride + b * batch_stride
         default = tl.load(start + index, mask=(index >= 0) & (index < n), other=0)
     return default.to(tl.int64)
 
@@ -81,9 +90,11 @@ def _attend(
     mask_tiles,
     key_bits,
     k_pos,
-    k_pos_strides,
+    k_pos_phase_stride,
+    k_pos_batch_stride,
     bias,
-    bias_strides,
+    bias_phase_stride,
+    bias_head_stride,
     bias_min,
     bias_length,
     slope,
@@ -102,11 +113,11 @@ def _attend(
     # [BLOCK, BLOCK]
     score = tl.dot(q, tl.trans(k_tile)) * scale
     if bias is not None or slope is not None:
-        there = _coordinates(k_pos, k_pos_strides, phase, b, k_idx, S, k_idx)
+        there = _coordinates(k_pos, k_pos_phase_stride, k_pos_batch_stride, phase, b, k_idx, S, k_idx)
         offset = there[None, :] - q_pos[:, None]
         if bias is not None:
             index = tl.minimum(tl.maximum(offset - bias_min, 0), bias_length - 1)
-            score += tl.load(bias + phase * bias_strides[0] + h * bias_strides[1] + index)
+            score += tl.load(bias + phase * bias_phase_stride + h * bias_head_stride + index)
         if slope is not None:
             score += tl.load(slope + h) * tl.abs(offset).to(tl.float32)
     if softcap > 0:
@@ -128,8 +139,9 @@ def _attend(
 # what differs from call to call gets no kernel of its own for ones and multiples of 16
 @triton.jit(
     do_not_specialize=[
-        "seg_ptr_strides", "row_start", "q_pos_strides", "k_pos_strides", "bias_strides", "bias_min",
-        "bias_length", "T", "S", "group", "table_group",
+        "seg_ptr_batch_stride", "seg_ptr_head_stride", "seg_ptr_row_stride", "row_start", "q_pos_phase_stride",
+        "q_pos_batch_stride", "k_pos_phase_stride", "k_pos_batch_stride", "bias_phase_stride", "bias_head_stride",
+        "bias_min", "bias_length", "T", "S", "group", "table_group",
     ]
 )  # fmt: skip
 def _forward(
@@ -143,17 +155,22 @@ def _forward(
     out_strides,
     lse,
     seg_ptr,
-    seg_ptr_strides,
+    seg_ptr_batch_stride,
+    seg_ptr_head_stride,
+    seg_ptr_row_stride,
     entries,
     mask_tiles,
     row_start,
     key_bits,
     q_pos,
-    q_pos_strides,
+    q_pos_phase_stride,
+    q_pos_batch_stride,
     k_pos,
-    k_pos_strides,
+    k_pos_phase_stride,
+    k_pos_batch_stride,
     bias,
-    bias_strides,
+    bias_phase_stride,
+    bias_head_stride,
     bias_min,
     bias_length,
     slope,
@@ -173,16 +190,18 @@ def _forward(
     q_row = row_start // BLOCK + tl.program_id(0)
     # the first block may begin before the first query
     q_idx = q_row * BLOCK - row_start + tl.arange(0, BLOCK)
-    segments = seg_ptr + b * seg_ptr_strides[0] + h // table_group * seg_ptr_strides[1] + q_row * seg_ptr_strides[2]
+    segments = seg_ptr + b * seg_ptr_batch_stride + h // table_group * seg_ptr_head_stride
+    segments += q_row * seg_ptr_row_stride
     n_k_blocks = tl.cdiv(S, BLOCK)
 
     acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK], tl.float32)
-    for phase in tl.static_range(PHASES):
+    for phase in range(PHASES):
+        k_phase, v_phase = _of_phase(k, phase, PHASES), _of_phase(v, phase, PHASES)
         # [BLOCK, BLOCK_D]
-        q_tile = _load_rows(q[phase], q_strides[phase], b, h, q_idx, T, D, BLOCK_D)
-        here = _coordinates(q_pos, q_pos_strides, phase, b, q_idx, T, row_start + q_idx)
+        q_tile = _load_rows(_of_phase(q, phase, PHASES), q_strides, b, h, q_idx, T, D, BLOCK_D)
+        here = _coordinates(q_pos, q_pos_phase_stride, q_pos_batch_stride, phase, b, q_idx, T, row_start + q_idx)
         runs, tiled = tl.load(segments + 2 * phase), tl.load(segments + 2 * phase + 1)
         end = tl.load(segments + 2 * phase + 2)
         for entry in range(runs, tiled):
@@ -191,18 +210,18 @@ def _forward(
             for k_block in range(first, tl.minimum(first + count, n_k_blocks)):
                 acc, row_max, row_sum = _attend(
                     acc, row_max, row_sum, q_tile, here, k_block, 0, phase, b, h,
-                    k[phase], k_strides[phase], v[phase], v_strides[phase], mask_tiles, key_bits, k_pos, k_pos_strides,
-                    bias, bias_strides, bias_min, bias_length, slope, S, scale, softcap,
-                    group, D, BLOCK_D, BLOCK, False,
+                    k_phase, k_strides, v_phase, v_strides, mask_tiles, key_bits, k_pos, k_pos_phase_stride,
+                    k_pos_batch_stride, bias, bias_phase_stride, bias_head_stride, bias_min, bias_length, slope, S,
+                    scale, softcap, group, D, BLOCK_D, BLOCK, False,
                 )  # fmt: skip
         for entry in range(tiled, end):
             k_block, tile = tl.load(entries + 2 * entry), tl.load(entries + 2 * entry + 1)
             if k_block < n_k_blocks:
                 acc, row_max, row_sum = _attend(
                     acc, row_max, row_sum, q_tile, here, k_block, tile, phase, b, h,
-                    k[phase], k_strides[phase], v[phase], v_strides[phase], mask_tiles, key_bits, k_pos, k_pos_strides,
-                    bias, bias_strides, bias_min, bias_length, slope, S, scale, softcap,
-                    group, D, BLOCK_D, BLOCK, True,
+                    k_phase, k_strides, v_phase, v_strides, mask_tiles, key_bits, k_pos, k_pos_phase_stride,
+                    k_pos_batch_stride, bias, bias_phase_stride, bias_head_stride, bias_min, bias_length, slope, S,
+                    scale, softcap, group, D, BLOCK_D, BLOCK, True,
                 )  # fmt: skip
 
     sink_score = tl.load(sink + h) * _LOG2E
@@ -237,17 +256,13 @@ def arguments(inputs: KernelInputs, out: Tensor, lse: Tensor) -> tuple[tuple[int
         "out_strides": out.stride()[:3],
         "lse": lse,
         "seg_ptr": inputs.seg_ptr,
-        "seg_ptr_strides": _strides(inputs.seg_ptr)[:3],
         "entries": inputs.entries,
         "mask_tiles": inputs.mask_tiles,
         "row_start": inputs.row_start,
         "key_bits": inputs.key_bits,
         "q_pos": inputs.q_pos,
-        "q_pos_strides": _strides(inputs.q_pos)[:2],
         "k_pos": inputs.k_pos,
-        "k_pos_strides": _strides(inputs.k_pos)[:2],
         "bias": inputs.bias,
-        "bias_strides": _strides(inputs.bias)[:2],
         "bias_min": inputs.bias_min,
         "bias_length": 0 if inputs.bias is None else inputs.bias.shape[2],
         "slope": inputs.slope,
@@ -256,9 +271,9 @@ def arguments(inputs: KernelInputs, out: Tensor, lse: Tensor) -> tuple[tuple[int
         "S": S,
         "scale": inputs.scale,
         "softcap": inputs.softcap,
-        "PHASES": len(inputs.phase_map) // 3,
         "group": H // G,
         "table_group": H // inputs.seg_ptr.shape[1],
+        "PHASES": len(inputs.phase_map) // 3,
         "D": D,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "BLOCK": _BLOCK,
@@ -267,22 +282,33 @@ def arguments(inputs: KernelInputs, out: Tensor, lse: Tensor) -> tuple[tuple[int
         "num_stages": 2,
     }
     for i, name in enumerate(("q", "k", "v")):
+        tensors = _alike(getattr(inputs, name))
         # one for each phase, the same tensor where phases share it
-        tensors = tuple(getattr(inputs, name)[at] for at in inputs.phase_map[i::3])
-        values[name] = tensors
-        values[f"{name}_strides"] = tuple(t.stride()[:3] for t in tensors)
+        values[name] = tuple(tensors[at] for at in inputs.phase_map[i::3])
+        values[f"{name}_strides"] = tensors[0].stride()[:3]
+    for name, tensor, dimensions in (
+        ("seg_ptr", inputs.seg_ptr, ("batch", "head", "row")),
+        ("q_pos", inputs.q_pos, ("phase", "batch")),
+        ("k_pos", inputs.k_pos, ("phase", "batch")),
+        ("bias", inputs.bias, ("phase", "head")),
+    ):
+        for at, dimension in enumerate(dimensions):
+            # what is shared over a dimension has size 1 in it
+            shared = tensor is None or tensor.shape[at] == 1
+            values[f"{name}_{dimension}_stride"] = 0 if shared else tensor.stride(at)
     return grid, values
+
+
+def _alike(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors of equal strides: the same, or all contiguous."""
+    same = all(t.stride() == tensors[0].stride() for t in tensors)
+    return tensors if same else [t.contiguous() for t in tensors]
 
 
 @functools.lru_cache(maxsize=64)
 def _no_sink(H: int, device: torch.device) -> Tensor:
     """[H] sinks of no weight."""
     return torch.full((H,), -math.inf, device=device)
-
-
-def _strides(t: Tensor | None) -> tuple[int, ...]:
-    """Strides, 0 over a dimension of size 1, which is shared."""
-    return (0, 0, 0) if t is None else tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True))
 
 
 def launch(inputs: KernelInputs, out: Tensor, lse: Tensor) -> None:

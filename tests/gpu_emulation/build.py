@@ -70,13 +70,9 @@ def _machine() -> str:
 
 @cache
 def _sources() -> str:
-    """Of the runtime and the translator."""
-    files = [
-        *_RUNTIME.glob("*.h"),
-        *_RUNTIME.glob("*.cpp"),
-        *_HERE.glob("*.py"),
-        *(_HERE / "instructions").glob("*.py"),
-    ]
+    """Of all that a translation depends on."""
+    translator = [_HERE / f"{name}.py" for name in ("build", "context", "opcode", "ptx", "translate")]
+    files = [*_RUNTIME.glob("*.h"), *_RUNTIME.glob("*.cpp"), *translator, *(_HERE / "instructions").glob("*.py")]
     return "".join(f"{path.name}\n{path.read_text()}" for path in sorted(files))
 
 

@@ -126,7 +126,7 @@ class Memory:
             return torch.empty_like(tensor, dtype=torch.bool)
         allocation = _find(tensor)
         states = _bytes_of(self._states(allocation), tensor, allocation.begin)
-        return torch.from_numpy(((states & _WRITTEN) != 0).all(axis=-1))
+        return torch.from_numpy(numpy.asarray(((states & _WRITTEN) != 0).all(axis=-1)))
 
     def _states(self, allocation: _Allocation) -> numpy.ndarray:
         states = numpy.empty(allocation.bytes, numpy.uint8)
@@ -198,7 +198,7 @@ def _bytes_of(states: numpy.ndarray, tensor: Tensor, begin: int) -> numpy.ndarra
 
 
 def _copy_elements(source: Tensor, destination: Tensor) -> None:
-    """Between tensors of equal sizes and strides, which may be those of an expanded tensor, but not what lies between."""
+    """Between tensors of equal sizes and strides, as an expanded tensor's may be; not what lies between elements."""
     owned = numpy.zeros(_span(source) * source.element_size(), numpy.uint8)
     _bytes_of(owned, source, source.data_ptr())[...] = 1
     spans = [

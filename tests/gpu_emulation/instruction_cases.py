@@ -56,7 +56,6 @@ def integer_cases() -> list[Case]:
     for type_ in ("u16", "s16", "u32", "s32", "u64", "s64"):
         width = WIDTHS[type_]
         two, three = (type_,) * 2, (type_,) * 3
-        low, high = (-(1 << (width - 1)), (1 << (width - 1)) - 1) if type_[0] == "s" else (0, (1 << width) - 1)
 
         def case(opcode: str, operands: tuple[str, ...], function: Callable[..., int], type_: str = type_) -> None:
             cases.append(Case(f"{opcode}.{type_}", type_, operands, _values(type_, function)))

@@ -301,8 +301,10 @@ class _Body:
             if numbered := re.match(r"([%\w$]+)<(\d+)>$", name):
                 for number in range(int(numbered[2])):
                     self.function.registers[self.declare(f"{numbered[1]}{number}")] = match[1]
-            else:
+            elif re.fullmatch(r"[%\w$]+", name):
                 self.function.registers[self.declare(name)] = match[1]
+            else:
+                raise PtxError(f"PTX line {line}: registers not understood: {text}")
 
     def instruction(self, line: int, text: str) -> None:
         match = re.match(r"(?:@(!?)\s*([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)$", text, re.S)

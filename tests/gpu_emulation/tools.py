@@ -1,4 +1,4 @@
-"""Finds the compilers and disassemblers, in the order in which setup.py looks for its nvcc."""
+"""Finds the compilers and disassemblers: those that the project pins before any that the machine has."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TOOLS = {
 
 
 def find_tool(name: str) -> Path:
-    """A tool from its environment variable, CUDA_HOME, the path, NVIDIA's packages on PyPI, Triton, /usr/local/cuda."""
+    """A tool from its environment variable, NVIDIA's packages on PyPI, Triton, CUDA_HOME, the path, /usr/local/cuda."""
     if name not in TOOLS:
         raise ValueError(f"unknown tool {name!r}, expected one of {', '.join(TOOLS)}")
     tool = TOOLS[name]
@@ -69,15 +69,15 @@ def tool_version(path: Path) -> str:
 
 
 def _candidates(tool: Tool) -> Iterator[Path]:
-    home = os.environ.get("CUDA_HOME")
     site = Path(sysconfig.get_path("purelib"))
     for executable in tool.executables:
-        if home:
-            yield Path(home) / "bin" / executable
-        if on_path := shutil.which(executable):
-            yield Path(on_path)
+        # versions that the project pins, so that figures and reports are comparable between machines
         yield from sorted(site.glob(f"nvidia/*/bin/{executable}"), reverse=True)
         triton = importlib.util.find_spec("triton")
         if triton and triton.origin:
             yield Path(triton.origin).parent / "backends/nvidia/bin" / executable
+        if home := os.environ.get("CUDA_HOME"):
+            yield Path(home) / "bin" / executable
+        if on_path := shutil.which(executable):
+            yield Path(on_path)
         yield Path("/usr/local/cuda/bin") / executable

@@ -12,6 +12,7 @@ from tests.gpu_emulation.opcode import Opcode, bits
 from tests.gpu_emulation.ptx import Function, Instruction, Label, Module, Parameter, PtxError, Variable
 
 _DYNAMIC_ALIGNMENT = 1024
+_EXPORT = '__attribute__((visibility("default")))'
 _JUMPS = ("bra", "brx", "ret", "exit")
 
 
@@ -115,20 +116,33 @@ class _Translator:
             [
                 '#include "device.h"',
                 "using namespace emulation;",
-                f'extern "C" {{ __attribute__((visibility("default"))) uint64_t emulated_block_counts[{len(self.blocks)}]; }}',
+                f'extern "C" {{ {_EXPORT} uint64_t emulated_block_counts[{len(self.blocks)}]; }}',
                 *(self._global(variable) for variable in globals_),
                 *bodies,
                 f"static const Site sites[] = {{{', '.join(map(_site, self.sites)) or '{}'}}};",
                 f"static const Variable variables[] = {{{self._variable_table(globals_)}}};",
-                'extern "C" __attribute__((visibility("default"))) const Module emulated_module;',
-                f'const Module emulated_module = {{"{self.kernel.name}", function_{identifier(self.kernel.name)}, sites,'
-                f" {len(self.sites)}u, emulated_block_counts, {len(self.blocks)}u, variables, {len(globals_)}u,"
-                f" {self.static_shared_bytes}u, {self._stack_bytes()}u}};",
+                f'extern "C" {_EXPORT} const Module emulated_module;',
+                f"const Module emulated_module = {{{', '.join(self._exported(len(globals_)))}}};",
             ]
         )
         blocks = tuple(tuple(block) for block in self.blocks)
         sites = tuple(where for where, _ in self.sites)
         return Translated(source, parameters, context.parameter_bytes, blocks, sites)
+
+    def _exported(self, variables: int) -> list[str]:
+        """The members of thread.h's Module."""
+        return [
+            f'"{self.kernel.name}"',
+            f"function_{identifier(self.kernel.name)}",
+            "sites",
+            f"{len(self.sites)}u",
+            "emulated_block_counts",
+            f"{len(self.blocks)}u",
+            "variables",
+            f"{variables}u",
+            f"{self.static_shared_bytes}u",
+            f"{self._stack_bytes()}u",
+        ]
 
     def _variable_table(self, variables: list[Variable]) -> str:
         entries = [

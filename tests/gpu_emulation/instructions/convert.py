@@ -163,10 +163,8 @@ def convert_address(context: Context, op: Opcode, operands: tuple[str, ...]) -> 
     space = op.require("global", "shared", "shared::cta", "local", "const", "param")
     value = context.read(operands[1], "u64")
     if space.startswith("shared"):
-        if to_space:
-            value = f"{value} - uint64_t(thread.shared)"
-        else:
-            value = f"uint64_t(thread.shared) + {value}"
+        base = "uint64_t(thread.shared)"
+        value = f"{value} - {base}" if to_space else f"{base} + {value}"
     return context.write(operands[0], type_, value)
 
 

@@ -1,7 +1,9 @@
-// the approximations of transcendental functions: the exact value, disturbed within the bound that is documented
+// the approximations of transcendental functions: the exact value, disturbed within the bound that
+// is documented
 //
-// The bounds are those of the PTX ISA, version 9.0, in the section of each instruction. The disturbance is a hash of the
-// arguments, so a kernel gives the same each time, and one that needs more exactness than hardware gives is found out.
+// The bounds are those of the PTX ISA, version 9.0, in the section of each instruction. The
+// disturbance is a hash of the arguments, so a kernel gives the same each time, and one that needs
+// more exactness than hardware gives is found out.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -47,15 +49,22 @@ inline float disturbed_relative(double exact, double argument, double bound) {
   return float(disturbed(exact, argument, bound - 0x1p-24));
 }
 
-inline float ex2_approx(float x) { return x == 0 ? 1.0f : disturbed_units(std::exp2(double(x)), x, kEx2Ulp); }
+inline float ex2_approx(float x) {
+  return x == 0 ? 1.0f : disturbed_units(std::exp2(double(x)), x, kEx2Ulp);
+}
 
 inline float rcp_approx(float x) { return disturbed_units(1 / double(x), x, kRcpUlp); }
 
-inline float sqrt_approx(float x) { return disturbed_relative(std::sqrt(double(x)), x, kSqrtError); }
+inline float sqrt_approx(float x) {
+  return disturbed_relative(std::sqrt(double(x)), x, kSqrtError);
+}
 
-inline float rsqrt_approx(float x) { return disturbed_relative(1 / std::sqrt(double(x)), x, kRsqrtError); }
+inline float rsqrt_approx(float x) {
+  return disturbed_relative(1 / std::sqrt(double(x)), x, kRsqrtError);
+}
 
 inline float tanh_approx(float x) {
+  if (std::isinf(x)) return std::copysign(1.0f, x);
   // the magnitude of the result is never above one
   const float result = disturbed_relative(std::tanh(double(x)), x, kTanhError);
   return std::fabs(result) > 1 ? std::copysign(1.0f, result) : result;
@@ -67,15 +76,14 @@ inline float lg2_approx(float x) {
   return disturbed_relative(exact, x, kLg2RelativeError);
 }
 
-inline double sine_error(float x) { return std::fabs(x) <= 6.2831855f ? kSineError : kSineErrorFar; }
-
-inline float sin_approx(float x) {
-  return x == 0 ? x : float(std::sin(double(x)) + (sine_error(x) - 0x1p-25) * disturbance(x));
+inline float disturbed_sine(double exact, float x) {
+  const double bound = std::fabs(x) <= 6.2831855f ? kSineError : kSineErrorFar;
+  return float(std::clamp(exact + (bound - 0x1p-25) * disturbance(x), -1.0, 1.0));
 }
 
-inline float cos_approx(float x) {
-  return float(std::cos(double(x)) + (sine_error(x) - 0x1p-25) * disturbance(x));
-}
+inline float sin_approx(float x) { return x == 0 ? x : disturbed_sine(std::sin(double(x)), x); }
+
+inline float cos_approx(float x) { return x == 0 ? 1.0f : disturbed_sine(std::cos(double(x)), x); }
 
 inline double argument_of(float first, float second) {
   return as_double(uint64_t{as_bits(first)} << 32 | as_bits(second));

@@ -226,7 +226,8 @@ uint32_t permute(uint32_t a, uint32_t b, uint32_t control) {
 
 template <class First, class Second>
 uint32_t dot_product_4(uint32_t a, uint32_t b, uint32_t c) {
-  for (int i = 0; i < 4; ++i) c += uint32_t(int32_t(First(a >> 8 * i)) * int32_t(Second(b >> 8 * i)));
+  for (int i = 0; i < 4; ++i)
+    c += uint32_t(int32_t(First(a >> 8 * i)) * int32_t(Second(b >> 8 * i)));
   return c;
 }
 
@@ -293,12 +294,14 @@ T xor_sign_minimum(T first, T second) {
   return with_xor_sign(minimum<kNan>(std::fabs(first), std::fabs(second)), first, second);
 }
 
-// of a value that is rounded to an integer already; PTX ISA, "cvt": clamped, and NaN is zero unless a 64-bit type is involved
+// of a value that is rounded to an integer already; PTX ISA, "cvt": clamped, and NaN is zero unless
+// a 64-bit type is involved
 template <class To, bool kFromDouble, class From>
 To float_to_integer(From value) {
   using Limits = std::numeric_limits<To>;
   if (std::isnan(value)) {
-    return kFromDouble || sizeof(To) == 8 ? To(std::make_unsigned_t<To>(1) << (kBits<To> - 1)) : To(0);
+    return kFromDouble || sizeof(To) == 8 ? To(std::make_unsigned_t<To>(1) << (kBits<To> - 1))
+                                          : To(0);
   }
   // one more than the greatest integer is a power of two, which floats hold exactly
   const From above = std::ldexp(From(1), Limits::digits);

@@ -38,8 +38,12 @@ void async_copy(Thread& thread, uint64_t destination, uint64_t source, uint32_t 
   }
   check_alignment(thread, destination, bytes, site);
   check_alignment(thread, source, bytes, site);
-  AsyncCopy copy = {reinterpret_cast<char*>(destination), reinterpret_cast<const char*>(source),
-                    bytes, copied, site, {}};
+  AsyncCopy copy = {reinterpret_cast<char*>(destination),
+                    reinterpret_cast<const char*>(source),
+                    bytes,
+                    copied,
+                    site,
+                    {}};
   if (thread.checking) {
     if (copied) {
       check_access(thread, source, copied, {Access::kRead, Space::kGlobal}, site);

@@ -1,4 +1,5 @@
-// cp.async: the destination is NaN, and to be left alone, until the thread waits for the copy's group
+// cp.async: the destination is NaN, and to be left alone, until the thread waits for the copy's
+// group
 #pragma once
 #include "thread.h"
 

@@ -79,8 +79,8 @@ bool are_ordered(const Thread& thread, const Readers& readers) {
 
 void record_read(const Checked& checked, Shadow& shadow, Cell& cell) {
   const Thread& thread = checked.thread;
-  const Readers mine = {
-      {thread.warp->block->serial, thread.warp->index, thread.epoch}, 1u << thread.lane};
+  const Readers mine = {{thread.warp->block->serial, thread.warp->index, thread.epoch},
+                        1u << thread.lane};
   Readers& readers = cell.readers;
   if (readers.lanes && readers.warp.block != mine.warp.block) {
     const bool is_this_launch = readers.warp.block >= launched().first_block;
@@ -156,13 +156,14 @@ void check_cell(const Checked& checked, size_t offset, uint8_t state, Cell& cell
     const bool other_block = written.block != thread.warp->block->serial;
     const bool both_strong = checked.kind.is_strong && (state & kStrong) &&
                              !(checked.kind.is_block_scope && other_block);
-    const bool sums = checked.kind.is_float_sum && (state & kFloatSum) &&
-                      !launched().options.allow_unordered;
+    const bool sums =
+        checked.kind.is_float_sum && (state & kFloatSum) && !launched().options.allow_unordered;
     if ((!both_strong || sums) && !is_ordered(thread, written.block, written.who, written.epoch) &&
         !is_equal_write(checked, offset, cell, bytes)) {
-      const char* what = sums && both_strong       ? "unordered float reduction"
-                         : reads(access) && access != Access::kReadWrite ? "race (read after write)"
-                                                   : "race (write after write)";
+      const char* what = sums && both_strong ? "unordered float reduction"
+                         : reads(access) && access != Access::kReadWrite
+                             ? "race (read after write)"
+                             : "race (write after write)";
       report_race(checked, offset, what, written.block, written.who,
                   sums && both_strong ? "added to" : "wrote", cell.write_site);
     }
@@ -184,11 +185,13 @@ void check_states(const Checked& checked) {
   const uint8_t* state = &checked.region.shadow.state[checked.offset];
   const Access access = checked.kind.access;
   for (uint32_t i = 0; i < checked.bytes; ++i) {
-    if (!(state[i] & kOwned)) report(checked, checked.offset + i, "out of bounds: in a gap between the tensor's rows");
+    if (!(state[i] & kOwned))
+      report(checked, checked.offset + i, "out of bounds: in a gap between the tensor's rows");
     if ((state[i] & kPending) && access != Access::kCopyDone) {
       const Cell& word = checked.region.shadow.cells[(checked.offset + i) / 4];
       const Cell& cell =
-          word.split ? checked.region.shadow.splits[word.split - 1][(checked.offset + i) % 4] : word;
+          word.split ? checked.region.shadow.splits[word.split - 1][(checked.offset + i) % 4]
+                     : word;
       report_race(checked, checked.offset + i, "destination of a copy in flight (not waited for)",
                   cell.write.block, cell.write.who, "copies to", cell.write_site);
     }
@@ -272,7 +275,8 @@ void check_access(Thread& thread, uint64_t address, uint32_t bytes, AccessKind k
            name(kind));
     }
     fail(thread, site, "out of bounds: %u-byte %s of %s memory that is not allocated, address %#lx",
-         bytes, name(kind), kind.space == Space::kLocal ? "local" : "global", (unsigned long)address);
+         bytes, name(kind), kind.space == Space::kLocal ? "local" : "global",
+         (unsigned long)address);
   }
   if (kind.space != Space::kGeneric && region->is_shared != (kind.space == Space::kShared)) {
     fail(thread, site, "%u-byte %s of %s memory, by an instruction for another space", bytes,

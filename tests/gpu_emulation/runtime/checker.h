@@ -32,7 +32,6 @@ struct AccessKind {
 };
 
 // ends the launch if the access is wrong
-void check_access(Thread& thread, uint64_t address, uint32_t bytes, AccessKind kind,
-                  uint32_t site);
+void check_access(Thread& thread, uint64_t address, uint32_t bytes, AccessKind kind, uint32_t site);
 
 }  // namespace emulation

@@ -34,6 +34,19 @@ std::shared_ptr<const Releases> merged(const std::shared_ptr<const Releases>& fi
   return result;
 }
 
+void merge(Clock& into, const Clock& from) {
+  merge_times(into.times, from.times);
+  into.others = merged(into.others, from.others);
+  into.fenced = merged(into.fenced, from.fenced);
+  into.observed = merged(into.observed, from.observed);
+}
+
+// what a thread hands on at a barrier besides its clock
+void merge_own(Clock& into, const Thread& thread) {
+  into.fenced = merged(into.fenced, thread.released);
+  into.observed = merged(into.observed, thread.to_acquire);
+}
+
 void set_clock(Thread& thread, const std::shared_ptr<const Clock>& clock) {
   thread.clock = clock;
   thread.known = clock->times.data();
@@ -43,18 +56,15 @@ void set_clock(Thread& thread, const std::shared_ptr<const Clock>& clock) {
 
 void contribute(Clock& clock, Thread& thread) {
   clock.times.resize(thread.warp->block->thread_count, 0);
-  if (thread.clock) {
-    merge_times(clock.times, thread.clock->times);
-    clock.others = merged(clock.others, thread.clock->others);
-  }
+  if (thread.clock) merge(clock, *thread.clock);
+  merge_own(clock, thread);
   clock.times[thread.index] = thread.epoch++;
 }
 
 void take(const std::shared_ptr<const Clock>& clock, Thread& thread) {
   if (!thread.clock || thread.clock == clock) return set_clock(thread, clock);
   auto both = std::make_shared<Clock>(*clock);
-  merge_times(both->times, thread.clock->times);
-  both->others = merged(both->others, thread.clock->others);
+  merge(*both, *thread.clock);
   set_clock(thread, both);
 }
 
@@ -64,10 +74,10 @@ void join(const std::vector<Thread*>& threads) {
   // threads that last met each other share their clock, which then is merged once
   const Clock* last = nullptr;
   for (const Thread* thread : threads) {
+    merge_own(*clock, *thread);
     if (!thread->clock || thread->clock.get() == last) continue;
     last = thread->clock.get();
-    merge_times(clock->times, last->times);
-    clock->others = merged(clock->others, last->others);
+    merge(*clock, *last);
   }
   for (Thread* thread : threads) clock->times[thread->index] = thread->epoch++;
   for (Thread* thread : threads) set_clock(*thread, clock);
@@ -84,26 +94,24 @@ void release(Thread& thread) {
 }
 
 void acquire(Thread& thread) {
-  if (!thread.to_acquire) return;
+  const auto observed = merged(thread.to_acquire, thread.clock ? thread.clock->observed : nullptr);
+  if (!observed) return;
   const uint32_t block = thread.warp->block->serial;
   auto clock = thread.clock ? std::make_shared<Clock>(*thread.clock) : std::make_shared<Clock>();
   clock->times.resize(thread.warp->block->thread_count, 0);
-  if (auto own = thread.to_acquire->find(block); own != thread.to_acquire->end()) {
+  if (const auto own = observed->find(block); own != observed->end()) {
     merge_times(clock->times, *own->second);
   }
-  clock->others = merged(clock->others, thread.to_acquire);
+  clock->others = merged(clock->others, observed);
   thread.to_acquire = nullptr;
   set_clock(thread, clock);
 }
 
 void strong_write(Thread& thread, uint64_t address, bool read_modify_write) {
+  auto released = merged(thread.released, thread.clock ? thread.clock->fenced : nullptr);
   auto& record = released_at[address];
-  if (read_modify_write) {
-    // a read-modify-write continues the release sequence that it read
-    record = merged(record, thread.released);
-  } else {
-    record = thread.released;
-  }
+  // a read-modify-write continues the release sequence that it read
+  record = read_modify_write ? merged(record, released) : released;
 }
 
 void strong_read(Thread& thread, uint64_t address) {

@@ -1,7 +1,8 @@
 // Vector clocks: which accesses of which threads happened before.
 //
-// Every thread counts epochs, and starts a new one where it releases: at barriers, __syncwarp and fences. An access is
-// stamped with its thread's epoch, and is ordered before whatever a thread does that knows of that epoch.
+// Every thread counts epochs, and starts a new one where it releases: at barriers, __syncwarp and
+// fences. An access is stamped with its thread's epoch, and is ordered before whatever a thread
+// does that knows of that epoch.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -21,6 +22,11 @@ struct Clock {
   Times times;
   // of other blocks, where they released and this block acquired
   std::shared_ptr<const Releases> others;
+  // what threads had fenced before a barrier, which an atomic operation of any thread after it
+  // releases
+  std::shared_ptr<const Releases> fenced;
+  // what atomic operations had read before a barrier, which a fence of any thread after it acquires
+  std::shared_ptr<const Releases> observed;
 };
 
 // all threads know of each other's accesses so far, as after a barrier
@@ -30,7 +36,8 @@ void join(const std::vector<Thread*>& threads);
 void contribute(Clock& clock, Thread& thread);
 void take(const std::shared_ptr<const Clock>& clock, Thread& thread);
 
-// the pattern of fences around an atomic or volatile access, PTX ISA, "Release and acquire patterns"
+// the pattern of fences around an atomic or volatile access, PTX ISA, "Release and acquire
+// patterns"
 void release(Thread& thread);
 void acquire(Thread& thread);
 void strong_write(Thread& thread, uint64_t address, bool read_modify_write);

@@ -24,14 +24,16 @@ extern volatile uint32_t current_site;
 
 inline uint64_t shared_address(Thread& thread, uint64_t offset, uint32_t site) {
   if (offset >> 32) [[unlikely]] {
-    fail(thread, site, "out of bounds: shared address %#lx is beyond 32 bits", (unsigned long)offset);
+    fail(thread, site, "out of bounds: shared address %#lx is beyond 32 bits",
+         (unsigned long)offset);
   }
   return reinterpret_cast<uint64_t>(thread.shared) + offset;
 }
 
 inline void check_alignment(Thread& thread, uint64_t address, uint32_t bytes, uint32_t site) {
   if (address & (bytes - 1)) [[unlikely]] {
-    fail(thread, site, "misaligned: address %#lx of a %u-byte access", (unsigned long)address, bytes);
+    fail(thread, site, "misaligned: address %#lx of a %u-byte access", (unsigned long)address,
+         bytes);
   }
 }
 
@@ -174,7 +176,8 @@ struct AtomicHalfPairAdd {
   }
 };
 
-template <class Operation, Space kSpace, Order kOrder, Scope kScope, bool kFloatSum, class... Values>
+template <class Operation, Space kSpace, Order kOrder, Scope kScope, bool kFloatSum,
+          class... Values>
 inline typename Operation::Type atomic(Thread& thread, uint64_t address, uint32_t site,
                                        Values... values) {
   using Type = typename Operation::Type;

@@ -9,8 +9,8 @@
 
 namespace emulation {
 
-// rounds to 53 bits such that a second rounding to fewer than 51 gives what one rounding would: the last bit is set if
-// anything was cut off
+// rounds to 53 bits such that a second rounding to fewer than 51 gives what one rounding would: the
+// last bit is set if anything was cut off
 inline double round_to_odd(double sum, double error) {
   if (error == 0 || !std::isfinite(sum)) return sum;
   uint64_t bits = as_bits(sum);
@@ -45,7 +45,7 @@ double overflowed(double value, double greatest) {
 
 struct F16 {
   static constexpr int kDigits = 11, kMinimumExponent = -14;
-  static constexpr double kGreatest = 65504;
+  static constexpr double kGreatest = 65504, kUnit = 0x1p-10;
   static double value(uint16_t bits) { return double(std::bit_cast<_Float16>(bits)); }
   static uint16_t bits(double value) {
     if (std::isnan(value)) return 0x7fff;
@@ -61,7 +61,7 @@ struct F16 {
 
 struct Bf16 {
   static constexpr int kDigits = 8, kMinimumExponent = -126;
-  static constexpr double kGreatest = 0x1.fep127;
+  static constexpr double kGreatest = 0x1.fep127, kUnit = 0x1p-7;
   static double value(uint16_t bits) { return as_float(uint32_t{bits} << 16); }
   static uint16_t bits(double value) {
     if (std::isnan(value)) return 0x7fff;
@@ -86,7 +86,8 @@ double flush_half(double value) {
 template <class Format>
 uint32_t flush_halves(uint32_t bits) {
   const auto flushed = [](uint16_t half) {
-    return std::isnan(Format::value(half)) ? half : Format::bits(flush_half<Format>(Format::value(half)));
+    return std::isnan(Format::value(half)) ? half
+                                           : Format::bits(flush_half<Format>(Format::value(half)));
   };
   return flushed(uint16_t(bits)) | uint32_t{flushed(uint16_t(bits >> 16))} << 16;
 }
@@ -127,15 +128,19 @@ struct XorSignMinimum {
 template <class Format>
 struct Exp2Approx {
   double operator()(double a) const {
-    constexpr double kBound = std::is_same_v<Format, F16> ? kEx2F16Error : kEx2Bf16Error;
+    // rounding shares in the bound, as it does of a tanh next to one
+    constexpr double kBound =
+        (std::is_same_v<Format, F16> ? kEx2F16Error : kEx2Bf16Error) - Format::kUnit / 2;
     return a == 0 ? 1 : disturbed(std::exp2(a), a, kBound);
   }
 };
 template <class Format>
 struct TanhApprox {
   double operator()(double a) const {
-    return std::is_same_v<Format, F16> ? std::tanh(a) + kTanhF16Error * disturbance(a)
-                                       : std::tanh(a) + kTanhBf16Error * disturbance(a);
+    constexpr double kBound =
+        (std::is_same_v<Format, F16> ? kTanhF16Error : kTanhBf16Error) - Format::kUnit / 4;
+    if (a == 0 || std::isinf(a)) return std::tanh(a);
+    return std::clamp(std::tanh(a) + kBound * disturbance(a), -1.0, 1.0);
   }
 };
 
@@ -169,7 +174,8 @@ uint16_t to_half(Value value) {
   if (kFlags & kRelu) wide = wide > 0 ? wide : 0;
   if (kFlags & kSatfinite) wide = std::clamp(wide, -Format::kGreatest, Format::kGreatest);
   if (std::isinf(wide)) return Format::bits(wide);
-  const double rounded = round_to_digits<kRounding>(wide, Format::kDigits, Format::kMinimumExponent);
+  const double rounded =
+      round_to_digits<kRounding>(wide, Format::kDigits, Format::kMinimumExponent);
   return Format::bits(overflowed<kRounding>(rounded, Format::kGreatest));
 }
 
@@ -178,7 +184,8 @@ uint16_t integer_to_half(Value value) {
   // any but a long is exact in double, and a long's halves are put together by rounding to odd
   const double high = double(int64_t(value >> (sizeof(Value) == 8 ? 32 : 0)));
   if constexpr (sizeof(Value) < 8) return to_half<Format, kRounding, 0>(double(value));
-  const double low = double(uint32_t(value)), scaled = (std::is_signed_v<Value> ? high : double(uint64_t(value) >> 32)) * 0x1p32;
+  const double low = double(uint32_t(value)),
+               scaled = (std::is_signed_v<Value> ? high : double(uint64_t(value) >> 32)) * 0x1p32;
   const double sum = scaled + low, part = sum - scaled;
   return to_half<Format, kRounding, 0>(round_to_odd(sum, (scaled - (sum - part)) + (low - part)));
 }
@@ -194,7 +201,8 @@ uint32_t to_tf32(float value) {
   if (kRounding == Tf32Rounding::kRna) bits += 1u << (kDropped - 1);
   if (kRounding == Tf32Rounding::kRn) bits += (1u << (kDropped - 1)) - 1 + (bits >> kDropped & 1);
   bits &= kMask;
-  if ((kFlags & kSatfinite) && std::isinf(as_float(bits))) bits = (bits & 0x80000000u) | 0x7f7fe000u;
+  if ((kFlags & kSatfinite) && std::isinf(as_float(bits)))
+    bits = (bits & 0x80000000u) | 0x7f7fe000u;
   return bits;
 }
 

@@ -27,6 +27,8 @@ void on_invalid_address(int, siginfo_t* info, void*) {
     signal(SIGSEGV, SIG_DFL);
     return;
   }
+  // the kernel does not tell which address it was if it is not a canonical one
+  if (info->si_code == SI_KERNEL) fail(*thread, current_site, "out of bounds: invalid address");
   fail(*thread, current_site, "out of bounds: invalid address %p", info->si_addr);
 }
 
@@ -39,7 +41,7 @@ class Signals {
     own.ss_sp = stack;
     own.ss_size = sizeof stack;
     sigaltstack(&own, &saved_stack_);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = on_invalid_address;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     sigaction(SIGSEGV, &action, &saved_segv_);
@@ -53,8 +55,7 @@ class Signals {
 
  private:
   stack_t saved_stack_{};
-  struct sigaction saved_segv_ {
-  }, saved_bus_{};
+  struct sigaction saved_segv_{}, saved_bus_{};
 };
 
 class Stacks {
@@ -120,7 +121,8 @@ using namespace emulation;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT void* gpu_emulation_allocate(size_t bytes, char** begin, char** mapped, size_t* mapped_bytes) {
+EXPORT void* gpu_emulation_allocate(size_t bytes, char** begin, char** mapped,
+                                    size_t* mapped_bytes) {
   try {
     Region* region = allocate(bytes);
     *begin = region->begin;
@@ -158,8 +160,13 @@ EXPORT const char* gpu_emulation_launch(const Module* module, const char* parame
                                         bool truncating_mma, bool allow_unordered,
                                         bool allow_equal_writes) {
   try {
-    run({module, parameters, {order, check, truncating_mma, allow_unordered, allow_equal_writes},
-         {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, dynamic_shared_bytes, 0});
+    run({module,
+         parameters,
+         {order, check, truncating_mma, allow_unordered, allow_equal_writes},
+         {grid[0], grid[1], grid[2]},
+         {block[0], block[1], block[2]},
+         dynamic_shared_bytes,
+         0});
     return nullptr;
   } catch (const std::exception& error) {
     message = error.what();

@@ -20,7 +20,8 @@ struct Launch {
   Options options;
   Dim3 grid, block;
   uint32_t dynamic_shared_bytes;
-  // the serial number of its first block; accesses of earlier ones are ordered before all of this launch's
+  // the serial number of its first block; accesses of earlier ones are ordered before all of this
+  // launch's
   uint32_t first_block;
 };
 

@@ -20,8 +20,8 @@ typedef double Row __attribute__((vector_size(kColumns * sizeof(double))));
 void require_whole_warp(const Warp& warp, uint32_t lanes) {
   if (lanes == ~0u) return;
   const Thread& thread = warp.threads[__builtin_ctz(lanes)];
-  fail(thread, thread.site, "an aligned instruction needs all 32 lanes of the warp, of which %08x are there",
-       lanes);
+  fail(thread, thread.site,
+       "an aligned instruction needs all 32 lanes of the warp, of which %08x are there", lanes);
 }
 
 typedef float Floats __attribute__((vector_size(kColumns * sizeof(float))));
@@ -46,8 +46,9 @@ Row widen_halves(const uint32_t* lanes) {
 // the lower 13 bits are not part of a .tf32
 double widen_tf32(uint32_t bits) { return as_float(bits & 0xffffe000u); }
 
-// PTX ISA, "Matrix fragments for mma": lane 4 r + c holds row r, and column c or 2 c and 2 c + 1, of each 8x4 or 8x8
-// tile; tiles of A go down its rows first, and B is column by column, so that a lane's row is a column
+// PTX ISA, "Matrix fragments for mma": lane 4 r + c holds row r, and column c or 2 c and 2 c + 1,
+// of each 8x4 or 8x8 tile; tiles of A go down its rows first, and B is column by column, so that a
+// lane's row is a column
 template <Factor kFactor, int kDepth>
 struct Fragments {
   static constexpr int kTileDepth = kFactor == Factor::kTf32 ? 4 : 8;
@@ -76,8 +77,8 @@ struct Fragments {
   }
 };
 
-// pessimistic: products of eight terms and the sum so far are aligned to the greatest exponent and cut off there to
-// the 24 bits of float
+// pessimistic: products of eight terms and the sum so far are aligned to the greatest exponent and
+// cut off there to the 24 bits of float
 template <int kDepth>
 float truncating_sum(const double* left, const double (*right)[kColumns], int column, float sum) {
   constexpr int kTogether = std::min(kDepth, 8), kBits = 24;
@@ -147,7 +148,8 @@ void run_mma(Warp& warp, uint32_t lanes) {
       if constexpr (kFloatResult) {
         sums[column] = as_float(warp.in[kAddend + 2 * half + odd][lane + column / 2]);
       } else {
-        sums[column] = F16::value(uint16_t(warp.in[kAddend + half][lane + column / 2] >> (odd * 16)));
+        sums[column] =
+            F16::value(uint16_t(warp.in[kAddend + half][lane + column / 2] >> (odd * 16)));
       }
     }
     add_products<kDepth>(fragments.left[row], fragments.right, sums);
@@ -157,7 +159,8 @@ void run_mma(Warp& warp, uint32_t lanes) {
         warp.out[2 * half][to] = as_bits(float(sums[column]));
         warp.out[2 * half + 1][to] = as_bits(float(sums[column + 1]));
       } else {
-        warp.out[half][to] = F16::round(sums[column]) | uint32_t{F16::round(sums[column + 1])} << 16;
+        warp.out[half][to] = F16::round(sums[column]) | uint32_t{F16::round(sums[column + 1])}
+                                                            << 16;
       }
     }
   }

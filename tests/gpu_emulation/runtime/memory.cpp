@@ -46,7 +46,8 @@ void open(char* address, size_t bytes) {
 }  // namespace
 
 Region* allocate(size_t bytes) {
-  // allocations of the driver are aligned to 256 bytes; the rest of the last 256 is checked by shadow alone
+  // allocations of the driver are aligned to 256 bytes; the rest of the last 256 is checked by
+  // shadow alone
   constexpr size_t kAlignment = 256;
   const size_t used = round_up(std::max<size_t>(bytes, 1), kAlignment);
   const size_t opened = round_up(used, kPage);
@@ -97,8 +98,8 @@ Region& shared_region() { return shared; }
 
 char* shared_memory(size_t bytes) {
   if (bytes > kMaxShared) {
-    throw Error("the launch needs " + std::to_string(bytes) + " bytes of shared memory, more than " +
-                std::to_string(kMaxShared));
+    throw Error("the launch needs " + std::to_string(bytes) +
+                " bytes of shared memory, more than " + std::to_string(kMaxShared));
   }
   if (!shared_window) {
     shared_window = reserve(kGuard + kMaxShared + kSharedWindow + kGuard);

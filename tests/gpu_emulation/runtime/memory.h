@@ -34,7 +34,8 @@ Region& shared_region();
 char* shared_memory(size_t bytes);
 void begin_shared(char* shared, size_t bytes);
 
-// a shared address is an offset of 32 bits, all of which are reserved, so that none strays elsewhere
+// a shared address is an offset of 32 bits, all of which are reserved, so that none strays
+// elsewhere
 bool is_in_shared_window(uint64_t address);
 
 }  // namespace emulation

@@ -233,7 +233,9 @@ void switch_away(Thread& thread) {
 
 void yield(Thread& thread, uint32_t site) {
   thread.site = site;
-  switch_to(thread.fiber, nullptr);
+  // the warp's other lanes come first, and then the other warps
+  Warp& warp = *thread.warp;
+  switch_to(thread.fiber, warp.turn & warp.ready ? next_lane(warp) : nullptr);
 }
 
 void note_strong_load(Thread& thread, uint64_t address, uint64_t value, uint32_t site) {

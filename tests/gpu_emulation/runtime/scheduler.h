@@ -1,11 +1,13 @@
-// runs blocks one after another, each warp's lanes one after another, switching where they must wait
+// runs blocks one after another, each warp's lanes one after another, switching where they must
+// wait
 #pragma once
 #include "thread.h"
 
 namespace emulation {
 
-// waits until all lanes of `mask` that have not exited are at an instruction of the same `run` and `key`, and the last
-// runs it; PTX lets lanes meet at different instructions if their opcodes are equal, unless those are .aligned
+// waits until all lanes of `mask` that have not exited are at an instruction of the same `run` and
+// `key`, and the last runs it; PTX lets lanes meet at different instructions if their opcodes are
+// equal, unless those are .aligned
 void rendezvous(Thread& thread, uint32_t mask, void (*run)(Warp&, uint32_t), uint32_t key,
                 uint32_t site);
 

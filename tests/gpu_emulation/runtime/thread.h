@@ -95,7 +95,8 @@ struct Thread {
   std::shared_ptr<const Clock> clock;
   std::shared_ptr<const Releases> released, to_acquire;
 
-  // the copies of group i are those from group_ends[i - 1] to group_ends[i]; later ones are not committed yet
+  // the copies of group i are those from group_ends[i - 1] to group_ends[i]; later ones are not
+  // committed yet
   std::vector<AsyncCopy> copies;
   std::vector<size_t> group_ends;
   std::vector<LocalMemory> local;

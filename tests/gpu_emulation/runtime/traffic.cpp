@@ -51,8 +51,7 @@ void count_shared(Traffic& total, const Request& request) {
   // 128 bytes are served together: all lanes, or halves or quarters of wider accesses
   const uint32_t group = kLanes * kBankBytes / std::max(request.bytes, kBankBytes);
   for (uint32_t begin = 0; begin < lanes; begin += group) {
-    total.passes +=
-        bank_passes(addresses + begin, std::min(group, lanes - begin), request.bytes);
+    total.passes += bank_passes(addresses + begin, std::min(group, lanes - begin), request.bytes);
     ++total.ideal;
   }
 }

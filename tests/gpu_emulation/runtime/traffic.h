@@ -1,4 +1,5 @@
-// how well warps' accesses suit the memory: passes over the banks of shared memory, 32-byte sectors of global memory
+// how well warps' accesses suit the memory: passes over the banks of shared memory, 32-byte sectors
+// of global memory
 #pragma once
 #include <cstdint>
 
