@@ -41,7 +41,7 @@ class Format:
         exponent = bits >> self.fraction_bits & ((1 << self.exponent_bits) - 1)
         fraction = bits & ((1 << self.fraction_bits) - 1)
         if exponent == (1 << self.exponent_bits) - 1:
-            return math.nan if fraction else sign * math.inf
+            return math.copysign(math.nan if fraction else math.inf, sign)
         if exponent == 0 and fraction == 0:
             return -0.0 if sign < 0 else Fraction(0)
         significand = fraction + ((1 << self.fraction_bits) if exponent else 0)

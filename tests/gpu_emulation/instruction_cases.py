@@ -235,6 +235,17 @@ def _nan_or(function: Callable[[Real, Real], Real]) -> Callable[[Real, Real], Re
     return lambda a, b: math.nan if math.isnan(a) or math.isnan(b) else function(a, b)
 
 
+def _xor_sign(function: Callable[[Real, Real], Real]) -> Callable[[Real, Real], Real]:
+    """Of the magnitudes, with the sign of the operands' product."""
+
+    def signed_magnitude(a: Real, b: Real) -> Real:
+        magnitude = function(abs(a), abs(b))
+        differ = math.copysign(1, a) != math.copysign(1, b)
+        return formats.negate(magnitude) if differ else magnitude
+
+    return signed_magnitude
+
+
 def _arithmetic(rounding: str) -> dict[str, tuple[int, Callable[..., Real]]]:
     return {
         "add": (2, lambda a, b: formats.add(a, b, rounding)),
@@ -272,6 +283,7 @@ def float_cases() -> list[Case]:
     for name, function in {"min": _minimum, "max": _maximum}.items():
         cases.append(Case(f"{name}.NaN.f32", "f32", ("f32",) * 2, _float("f32", _nan_or(function))))
         cases.append(Case(f"{name}.ftz.f32", "f32", ("f32",) * 2, _float("f32", function, ftz=True)))
+        cases.append(Case(f"{name}.xorsign.abs.f32", "f32", ("f32",) * 2, _float("f32", _xor_sign(function))))
     return cases
 
 
@@ -304,6 +316,7 @@ def half_cases() -> list[Case]:
         operations |= {"min": (2, _minimum), "max": (2, _maximum)}
         operations |= {"min.NaN": (2, _nan_or(_minimum)), "max.NaN": (2, _nan_or(_maximum))}
         fma = arithmetic["fma"][1]
+        operations |= {"min.xorsign.abs": (2, _xor_sign(_minimum)), "max.xorsign.abs": (2, _xor_sign(_maximum))}
         operations["fma.rn.relu"] = (3, lambda a, b, c, fma=fma: _relu(fma(a, b, c)))
         if type_ == "f16":
             operations["fma.rn.sat"] = (3, lambda a, b, c, fma=fma: _saturated(fma(a, b, c)))
