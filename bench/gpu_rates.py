@@ -2,9 +2,9 @@
 
 Sources, named in the tables below:
 
-GUIDE     CUDA C++ Programming Guide 12.9, table "Throughput of Native Arithmetic Instructions": results per clock cycle
+GUIDE     CUDA C++ Programming Guide 12.6, table "Throughput of Native Arithmetic Instructions": results per clock cycle
           per multiprocessor. From CUDA 13 on it is in the CUDA C++ Best Practices Guide.
-BEST13    CUDA C++ Best Practices Guide 13.4, section 12.1.1, the same table with columns for 10.0 and 12.0.
+BEST13    CUDA C++ Best Practices Guide 13.4, section 12.1.1, the same table with a column for 12.0.
 LIMITS    CUDA C++ Programming Guide, appendix "Compute Capabilities", table of technical specifications; the guides of
           12.9 and 13.4 disagree on the blocks of 12.0 (32 and 24): the newer counts here.
 BANKS     CUDA C++ Programming Guide, appendix "Compute Capabilities", "Shared Memory": 32 banks of 32 bits per clock.
@@ -22,7 +22,9 @@ RTX120    NVIDIA RTX Blackwell GPU Architecture whitepaper, RTX 5090: 209.5 dens
 HOPPER    Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv:2402.13499: mma.sync
           reaches 62.9% of Hopper's peak on average; only wgmma comes near it.
 
-A class of instructions that is in no row has no rate here: it takes its issue slot and nothing else.
+A class of instructions that is in no row has no rate here: it takes its issue slot and nothing else. NVIDIA's tables
+were read as others quote them, and special functions, NSIGHT's pipes and the whitepapers are from memory: compare a row
+before citing it.
 """
 
 from __future__ import annotations
@@ -124,15 +126,8 @@ ARCHITECTURES = {
         warps=64,
         blocks=32,
         shared_kib=228,
-        # BEST13; a packed float32 instruction gives two results
-        pipes={
-            **_COMMON,
-            "alu": {"integer add": 64, "logic": 64, "compare": 64},
-            "fma": {"fp32": 128, "packed fp32": 64},
-            "fma heavy": {"integer mad": 64},
-            "float min max": {"float min max": 128},
-            "half": {"half": 64},
-        },
+        # no table with 10.0 was at hand: nothing but what all architectures share
+        pipes=_COMMON,
         # CUDNN, of tcgen05; none is published for mma.sync
         tensor={"UTCHMMA": 4096},
         remarks=("the shared and tensor memory that tcgen05 reads is not costed",),
