@@ -1,6 +1,6 @@
 """Holds the emulated GPU backends to the error budget, case by case, in processes side by side.
 
-`python -m tests.gpu_emulation.sweep` runs every case that the kernels accept and writes report.json, which names the
+`python -m tests.gpu_emulation.sweep` runs every case that the kernels accept and writes bench/gpu_emulation.json, which names the
 kernels by the hash of their sources: a report of other kernels than the tree's fails the tests.
 """
 
@@ -29,7 +29,7 @@ from .backends import EmulatedCuda, EmulatedTriton
 from .tools import find_tool, tool_version
 
 ROOT = Path(__file__).parents[2]
-REPORT = Path(__file__).with_name("report.json")
+REPORT = ROOT / "bench" / "gpu_emulation.json"
 # what the results of a kernel depend on
 SOURCES = ("csrc/cuda", "csrc/common", "triton_kernels", "lcattn/inputs.py", "lcattn/gpu.py")
 BACKENDS = {backend.name: backend for backend in (EmulatedCuda(), EmulatedTriton())}
@@ -128,7 +128,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, object]:
 def main(
     seed: Annotated[int, typer.Option(help="Seed of the cases.")] = 0,
     backend: Annotated[list[str] | None, typer.Option(help="Only this backend; may be repeated.")] = None,
-    write: Annotated[bool, typer.Option(help="Write report.json.")] = True,
+    write: Annotated[bool, typer.Option(help="Write bench/gpu_emulation.json.")] = True,
 ) -> None:
     """Run every case of lcattn/cases.py that the emulated GPU kernels accept, under the checker."""
     names = backend or list(BACKENDS)
