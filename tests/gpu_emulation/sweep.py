@@ -1,7 +1,7 @@
 """Holds the emulated GPU backends to the error budget, case by case, in processes side by side.
 
-`python -m tests.gpu_emulation.sweep` runs every case that the kernels accept and writes bench/gpu_emulation.json, which names the
-kernels by the hash of their sources: a report of other kernels than the tree's fails the tests.
+`python -m tests.gpu_emulation.sweep` runs every case that the kernels accept and writes bench/gpu_emulation.json, which
+names the kernels by the hash of their sources: a report of other kernels than the tree's fails the tests.
 """
 
 from __future__ import annotations
