@@ -64,8 +64,13 @@ def frequencies(base: float, D: int) -> Tensor:
     return (1.0 / base ** (torch.arange(0, D, 2, dtype=torch.float32) / D)).double()
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, where: Any, seen: Tensor, start: int = 0, base: float = BASE) -> Tensor:
-    """Attention in which pair (i, j) scores q_i . R(distance) k_j, from complex features."""
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, where: Any, seen: Tensor, start: int = 0, base: float = BASE, turned: float = 0.0
+) -> Tensor:
+    """Attention in which pair (i, j) scores q_i . R(distance) k_j, from complex features.
+
+    All of them may have been turned by one distance before, which no score notices but in how it rounds.
+    """
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
     offset = torch.zeros(T, S, dtype=torch.float64)
     for i in range(T):
@@ -76,6 +81,9 @@ def dense(q: Tensor, k: Tensor, v: Tensor, where: Any, seen: Tensor, start: int 
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     qc, kc = (torch.complex(*x.chunk(2, -1)) for x in (q, k))
+    if turned:
+        once = torch.polar(torch.ones((), dtype=torch.float64), turned * theta).to(qc.dtype)
+        qc, kc = qc * once, kc * once
     real = torch.promote_types(q.dtype, torch.float32)
     turn = torch.polar(torch.ones((), dtype=torch.float64), offset[..., None] * theta).to(qc.dtype)
     score = torch.einsum("bhid,bhjd,ijd->bhij", qc.conj(), kc, turn).real.to(real) / math.sqrt(D)
@@ -108,7 +116,13 @@ def test_is_its_papers_definition(name: str, two_sided: bool) -> None:
     got = run(torch.float32, lambda q, k, v: lcattn.attention(q, k, v, layout=layout, position=position))
     problem = make_problem(q, k, v, layout, position, None, None, None, None, None, None, 0.0)
     assert not [str(c) for c in tolerance.verify(problem, "cpu", probe) if not c.ok]
-    tolerance.check(got, truth, lambda: run(torch.float32, lambda q, k, v: dense(q, k, v, where, seen)))
+
+    # whoever turns queries and keys, and not scores, rounds both
+    def eager() -> dict[str, Tensor]:
+        turned = float(torch.randint(1, 1000, ()))
+        return run(torch.float32, lambda q, k, v: dense(q, k, v, where, seen, turned=turned))
+
+    tolerance.check(got, truth, eager)
 
 
 @pytest.mark.parametrize("name", [*METHODS, "rotary"])

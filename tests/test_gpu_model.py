@@ -277,7 +277,7 @@ def test_check_fails_and_write_mends(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run("--check", "--write").exit_code == 2
 
 
-@pytest.mark.parametrize("number", [80, 90])
+@pytest.mark.parametrize("number", gpu_model.DEFAULT_ARCHITECTURES)
 def test_no_kernel_is_worse_than_recorded(number: int) -> None:
     recorded = gpu_table.read()
     # the yardsticks take their time to compile: on one architecture only
