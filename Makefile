@@ -15,13 +15,14 @@ export CXX
 # waiting threads of one library would spin against the other's
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help test demo bench emulate sanitize lint clean
+.PHONY: help test demo bench emulate seed sanitize lint clean
 
 help:
 	@echo 'make test      set up .venv, build, run the tests'
 	@echo 'make demo      set up .venv, build, run the demonstration'
 	@echo 'make bench     set up .venv, build, run the benchmarks'
 	@echo 'make emulate   run all cases on the emulated GPU kernels, a long while, and write their report'
+	@echo 'make seed      draw other random inputs for the tests, once a change of kernels is committed'
 	@echo 'make sanitize  run the kernel tests under AddressSanitizer and UBSan'
 	@echo 'make lint      ruff, mypy, clang-format'
 	@echo 'make clean     remove what was built; .venv stays'
@@ -37,6 +38,10 @@ bench: build/.built
 
 emulate: build/.built
 	$(BIN)/python -m tests.gpu_emulation.sweep
+
+seed:
+	@echo "$$($(PYTHON) -c 'import secrets; print(secrets.randbelow(2**31))')" \
+		"$$(git rev-parse HEAD:csrc) $$(git rev-parse HEAD:triton_kernels)" > tests/seed.txt
 
 # the preloaded libstdc++ lets AddressSanitizer find __cxa_throw; Python leaks by design; capturing
 # file descriptors, pytest would swallow the reports

@@ -230,3 +230,13 @@ def test_code_for_any_processor_uses_no_wide_registers(name: str) -> None:
     code = subprocess.run(["objdump", "-d", path], capture_output=True, text=True, check=True).stdout
     assert "ret" in code or name == "scratch"
     assert not re.findall(r"%[yz]mm\d+", code)
+
+
+def test_seed_was_drawn_for_these_kernels() -> None:
+    """Where there is no git, as in a source distribution, there is no telling."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD:csrc", "HEAD:triton_kernels"]
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    trees = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    recorded = (ROOT / "tests" / "seed.txt").read_text().split()
+    assert recorded[1:] == trees, "kernels changed: commit them, then `make seed`"

@@ -654,7 +654,8 @@ def test_needle_command(score: str, files: dict[str, Path], monkeypatch: pytest.
     for record in records:
         assert 0 <= record["score"] <= 1 and record["tokens"] < record["length"]
         if score == "recall":
-            assert record["first_token_s"] > 0 and len(record["expected"]) == 1 and record["output"]
+            # a model of random weights may well write nothing that is text
+            assert record["first_token_s"] > 0 and len(record["expected"]) == 1 and "output" in record
             assert record["score"] == needles.recall(record["output"], tuple(record["expected"]))
         else:
             assert record["score"] == 1 - record["rank"] / 4 and record["log_p"] < 0
