@@ -87,7 +87,8 @@ def cuda_build() -> tuple[Path, list[Path]] | None:
     if wanted == "1" and nvcc is None:
         raise SystemExit(
             "LCATTN_CUDA=1, but no nvcc was found: set CUDACXX or CUDA_HOME, or install one, "
-            "for example with `pip install lcattn[gpu-tools]`"
+            "for example with `pip install nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime "
+            "nvidia-cuda-cccl`"
         )
     return (nvcc, sources) if nvcc and sources and wanted != "0" else None
 

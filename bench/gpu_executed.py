@@ -104,7 +104,7 @@ def _own(backend: EmulatedCuda | EmulatedTriton, layout: Layout, with_bias: bool
     with Memory() as memory:
         inputs = _pytree.tree_map_only(torch.Tensor, memory.copy, inputs)
         shape = inputs.q[0].shape
-        launch = backend._describe(inputs, memory.empty(shape, DTYPE), memory.empty(shape[:3], torch.float32))
+        launch = backend.describe(inputs, memory.empty(shape, DTYPE), memory.empty(shape[:3], torch.float32))
         return emulate(**launch, check=False)
 
 

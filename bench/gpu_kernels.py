@@ -76,7 +76,7 @@ def _cuda(dtype: torch.dtype, head_dim: int, number: int) -> Compiled:
     """Our forward as it is launched for a causal call; one kernel serves every layout and position."""
     inputs = forward_inputs(256, head_dim, dtype, lcattn.Causal(), with_bias=False)
     out = torch.empty_like(inputs.q[0])
-    launch = EmulatedCuda()._describe(inputs, out, torch.empty(out.shape[:3]))
+    launch = EmulatedCuda().describe(inputs, out, torch.empty(out.shape[:3]))
     code = _nvcc(SOURCES / "forward.cu", number)[launch["kernel_name"]]
     return Compiled(nvcc_compiler(), code, launch["block"][0], launch["shared_bytes"])
 

@@ -97,7 +97,7 @@ def compare_all(
     return comparisons
 
 
-class _OtherOrder(TorchDispatchMode):
+class _OtherRounding(TorchDispatchMode):
     """Computes the same, rounding otherwise: matrix products sum in a random other order, a softmax works in base two.
 
     Kernels fold log2(e) into scores, and what is 1.44 times as large rounds more.
@@ -145,7 +145,7 @@ def check(got: dict[str, Tensor], truth: dict[str, Tensor], eager: Callable[[], 
         yield eager()
         for _ in range(_MODEL_RUNS - 1):
             # torch's fused attention would be one operation, in which nothing can be done otherwise
-            with _OtherOrder(), sdpa_kernel(SDPBackend.MATH):
+            with _OtherRounding(), sdpa_kernel(SDPBackend.MATH):
                 found = eager()
             yield found
 

@@ -47,11 +47,11 @@ class _Emulated:
         with Memory() as memory:
             inputs = KernelInputs(*(_to(memory, value) for value in inputs))
             results = memory.empty(out.shape, out.dtype), memory.empty(lse.shape, lse.dtype)
-            self.counts = emulate(**self._describe(inputs, *results), order=self.order, check=self.check)
+            self.counts = emulate(**self.describe(inputs, *results), order=self.order, check=self.check)
             out.copy_(results[0])
             lse.copy_(results[1])
 
-    def _describe(self, inputs: KernelInputs, out: Tensor, lse: Tensor) -> dict[str, Any]:
+    def describe(self, inputs: KernelInputs, out: Tensor, lse: Tensor) -> dict[str, Any]:
         """What `emulate` takes."""
         raise NotImplementedError
 
@@ -61,7 +61,7 @@ class EmulatedCuda(_Emulated, gpu.CudaBackend):
 
     name = "cuda-emulated"
 
-    def _describe(self, inputs: KernelInputs, out: Tensor, lse: Tensor) -> dict[str, Any]:
+    def describe(self, inputs: KernelInputs, out: Tensor, lse: Tensor) -> dict[str, Any]:
         planned = torch.empty(_C.cuda_plan_bytes, dtype=torch.uint8)
         torch.ops.lcattn.cuda_forward_plan(*inputs, out, lse, planned)
         data = planned.numpy().tobytes()
@@ -81,7 +81,7 @@ class EmulatedTriton(_Emulated, gpu.TritonBackend):
 
     name = "triton-emulated"
 
-    def _describe(self, inputs: KernelInputs, out: Tensor, lse: Tensor) -> dict[str, Any]:
+    def describe(self, inputs: KernelInputs, out: Tensor, lse: Tensor) -> dict[str, Any]:
         from lcattn.triton_kernels import forward
 
         grid, values = forward.arguments(inputs, out, lse)

@@ -6,6 +6,7 @@ names the kernels by the hash of their sources: a report of other kernels than t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -48,6 +49,7 @@ def kernels_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+@functools.cache
 def draw_cases(seed: int) -> list[Callable[[], Case]]:
     """Makers of all cases, of the dtypes and head dims that the kernels take."""
     return list(cases.draw_cases(seed, DTYPES, HEAD_DIMS))
@@ -127,11 +129,18 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, object]:
 
 def main(
     seed: Annotated[int, typer.Option(help="Seed of the cases.")] = 0,
-    backend: Annotated[list[str] | None, typer.Option(help="Only this backend; may be repeated.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Only this backend; may be repeated. Writes no report unless all are.")
+    ] = None,
     write: Annotated[bool, typer.Option(help="Write bench/gpu_emulation.json.")] = True,
 ) -> None:
     """Run every case of lcattn/cases.py that the emulated GPU kernels accept, under the checker."""
     names = backend or list(BACKENDS)
+    for name in names:
+        if name not in BACKENDS:
+            raise typer.BadParameter(f"expected one of {', '.join(BACKENDS)}, got {name!r}", param_hint="--backend")
+    # a report of some backends would stand in the place of one of all
+    write = write and set(names) == set(BACKENDS)
     n_cases = len(draw_cases(seed))
     # orders take turns, so that each layout and position meets several
     orders: tuple[str | int, ...] = ("forward", "reverse", 2, 3)
