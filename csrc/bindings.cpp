@@ -441,6 +441,28 @@ void cpu_backward(StableIValue* stack, uint64_t, uint64_t) {
   selected.load()->backward(p, g, torch_threads());
 }
 
+void cpu_turn(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments args(stack);
+  const Tensor x = args.take<Tensor>(), table = args.take<Tensor>(), at = args.take<Tensor>();
+  const bool back = args.take<bool>();
+  const Tensor out = args.take<Tensor>();
+  require(x.dim() == 4, "x must have 4 dimensions; got ", x);
+  cpu::Turn t;
+  t.B = x.size(0), t.heads = x.size(1), t.n = x.size(2), t.D = x.size(3);
+  t.dtype = kernel_dtype(x.scalar_type());
+  t.x = input_view(x, "x", x.scalar_type(), t.B, t.heads, t.n, t.D);
+  t.out = output_view(out, "out", x.scalar_type(), t.B, t.heads, t.n, t.D);
+  expect(table, "table", ScalarType::Float, {kAny, kAny}, true);
+  require(table.size(1) % 2 == 0 && table.size(1) <= t.D, "table must have an even width of at most ",
+          t.D, "; got ", table.size(1));
+  expect(at, "at", ScalarType::Int, {or_one(t.B), {t.n}}, false);
+  require(t.n <= 1 || at.stride(1) == 1, "at must be contiguous in its last dimension");
+  t.table = data<float>(table), t.pairs = table.size(1) / 2;
+  t.at = data<int32_t>(at), t.at_batch_stride = at.size(0) == 1 ? 0 : at.stride(0);
+  t.back = back;
+  selected.load()->turn(t, torch_threads());
+}
+
 // what would read or write past a tensor, or fault, in the CUDA kernels
 cuda::Launch plan_cuda_forward(const Problem& p) {
   require(p.dtype != DType::kFloat32 && (p.D == 64 || p.D == 128),
@@ -518,6 +540,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcattn, m) {
                "Tensor(d!)? dbias, Tensor(e!)? dslope, Tensor(f!)? drel_key, "
                "Tensor(g!)? drel_query, Tensor(h!)? dqr, Tensor(i!)? dkr, Tensor(j!)? dsink")
             .c_str());
+  m.def("cpu_turn(Tensor x, Tensor table, Tensor at, bool back, Tensor(a!) out) -> ()");
   m.def(schema("cuda_forward", outputs).c_str());
   m.def(schema("cuda_forward_plan", outputs + ", Tensor(c!) launch").c_str());
 }
@@ -525,6 +548,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcattn, m) {
 STABLE_TORCH_LIBRARY_IMPL(lcattn, CPU, m) {
   m.impl("cpu_forward", cpu_forward);
   m.impl("cpu_backward", cpu_backward);
+  m.impl("cpu_turn", cpu_turn);
   m.impl("cuda_forward_plan", cuda_forward_plan);
 }
 

@@ -18,10 +18,14 @@ except ImportError as error:  # a source tree whose extension was not built
     _C = None
     _MISSING = f"the C++ extension is not built ({error}); run `pip install .`"
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM, _MAX_PHASES = 256, 5
 # kDecodeRows of csrc/cpu/kernels.h: up to so many rows of queries a kv head the kernel turns keys as it reads them
 _DECODE_ROWS = 16
+
+
+def cpu_kernels_exist() -> bool:
+    return _C is not None
 
 
 class CpuBackend:
@@ -39,7 +43,7 @@ class CpuBackend:
             return _MISSING
         if q.device.type != "cpu":
             return f"tensors are on {q.device.type}"
-        if q.dtype not in _DTYPES:
+        if q.dtype not in KERNEL_DTYPES:
             return f"dtype is {q.dtype}, expected float32, bfloat16 or float16"
         if q.shape[3] > _MAX_HEAD_DIM:
             return f"head dim is {q.shape[3]}, at most {_MAX_HEAD_DIM}"

@@ -7,13 +7,14 @@ implementation, so that a tracer sees one constant and never a table of data-dep
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import dispatch
+from .cpu import KERNEL_DTYPES, cpu_kernels_exist
 from .layout import Layout, from_spec
 from .problem import TERMS, Problem
 
@@ -35,6 +36,8 @@ torch.library.define(
 )
 
 
+
+
 def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """out and lse of a problem, differentiable, on the named backend."""
     if _is_plain_inference(problem):
@@ -50,15 +53,18 @@ def _is_differentiable(problem: Problem) -> bool:
 
 
 def _is_plain_inference(problem: Problem) -> bool:
-    """Whether nothing watches the call: no autograd, compiler, tracer, transform or mode, and no tensor subclass."""
+    return not _is_differentiable(problem) and is_unwatched(problem.differentiables())
+
+
+def is_unwatched(tensors: Iterable[Tensor]) -> bool:
+    """Whether no compiler, tracer, transform or mode sees what is done, and no tensor is of a subclass."""
     return not (
         torch.compiler.is_compiling()
-        or _is_differentiable(problem)
         or torch._C._get_tracing_state()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack()
         or torch.autograd.forward_ad._current_level >= 0
-        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in problem.differentiables())
+        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
     )
 
 
@@ -194,3 +200,39 @@ def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tu
 
 
 torch.library.register_autograd("lcattn::attention", _autograd, setup_context=_setup_context)
+
+
+def fuses_turns(x: Tensor) -> bool:
+    """Whether `fused_turn` takes x: a kernel is there, and nothing but autograd watches."""
+    return x.device.type == "cpu" and x.dtype in KERNEL_DTYPES and cpu_kernels_exist() and is_unwatched((x,))
+
+
+def fused_turn(x: Tensor, table: Tensor, at: Tensor, packed: bool) -> Tensor:
+    """x whose first R features turn, in halves, by cosines and sines; differentiable in x.
+
+    Args:
+        x: [B, heads, n, D]; table: [rows, R] float32, cos then sin.
+        at: [B or 1, n] int32, the row of the table for each row of x, -1 for none.
+        packed: whether the result is contiguous; else it lies in memory as x does.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Turn.apply(x, table, at, False, packed)  # type: ignore[no-any-return]
+    return _turn(x, table, at, False, packed)
+
+
+def _turn(x: Tensor, table: Tensor, at: Tensor, back: bool, packed: bool) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format if packed else torch.preserve_format)
+    torch.ops.lcattn.cpu_turn(x, table, at, back, out)
+    return out
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor, at: Tensor, back: bool, packed: bool) -> Tensor:
+        ctx.save_for_backward(table, at)
+        ctx.back = back
+        return _turn(x, table, at, back, packed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return _Turn.apply(grads[0], *ctx.saved_tensors, not ctx.back, False), None, None, None, None

@@ -229,23 +229,7 @@ class DecodeTile {
   Source turned_keys(int which, int64_t key, int64_t n_k) const {
     copy_rows(p_.k[which], p_.dtype, unit_->b, unit_->g, key, n_k, p_.D, 1.0f, key_rows_);
     const int32_t* at = p_.turn_at[which] + unit_->b * p_.turn_batch_stride + key;
-    const int64_t pairs = p_.turn_pairs, whole = pairs / kWidth * kWidth;
-    for (int64_t r = 0; r < n_k; ++r) {
-      if (at[r] < 0) continue;
-      const float* cosine = p_.turn_table + at[r] * 2 * pairs;
-      const float* sine = cosine + pairs;
-      float *low = key_rows_ + r * stride_, *high = low + pairs;
-      for (int64_t d = 0; d < whole; d += kWidth) {
-        const Vec a = load(low + d), b = load(high + d), c = load(cosine + d), s = load(sine + d);
-        store(low + d, a * c - b * s);
-        store(high + d, b * c + a * s);
-      }
-      for (int64_t d = whole; d < pairs; ++d) {
-        const float a = low[d], b = high[d];
-        low[d] = a * cosine[d] - b * sine[d];
-        high[d] = b * cosine[d] + a * sine[d];
-      }
-    }
+    turn_rows(key_rows_, stride_, n_k, p_.turn_table, p_.turn_pairs, at);
     return {reinterpret_cast<const char*>(key_rows_), stride_ * 4, DType::kFloat32};
   }
 

@@ -1,8 +1,8 @@
 // Attention over block tables, forward: out = softmax(scores) V and lse, as in common/problem.h.
 //
-// A query block of one head is one piece of work and has one owner, which writes its rows of out
-// and lse. Workers take runs of neighbouring query blocks, whose keys overlap, so that these stay
-// in cache. A row that holds far more key blocks than its share (a token that sees all) is cut into
+// A query block of one head, a row of the table, has one owner, which writes its rows of out and
+// lse. Workers take groups of neighbouring query blocks of heads that share their keys, and bring
+// all of a group past a few key blocks before the next, so that these stay in cache. A row that holds far more key blocks than its share (a token that sees all) is cut into
 // parts over its key blocks; parts are written to scratch and merged afterwards in their order.
 // Where cuts fall depends on the problem and the number of threads alone, so results do too.
 #include "decode.h"
@@ -42,7 +42,8 @@ class Forward {
     heavy_ = scratch.take<HeavyRow>(n_heavy_);
     parts_ = scratch.take<float>(n_parts_ * part_size());
     list_heavy();
-    const int64_t pieces = n_parts_ + (n_rows_ + kRun - 1) / kRun;
+    form_groups(n_threads);
+    const int64_t pieces = n_parts_ + n_groups_;
     run_workers(parallel_, pieces < n_threads ? pieces : n_threads, *this);
     if (n_heavy_ == 0) return;
     auto merge = [this] { merge_heavy(); };
@@ -59,19 +60,9 @@ class Forward {
       while (part >= heavy_[heavy].first_part + heavy_[heavy].n_parts) ++heavy;
       attend_part(tile, heavy_[heavy], part);
     }
-    for (int64_t done; (done = row_queue_.take(kRun)) < n_rows_;) {
-      // the last rows first: with causality they are the heaviest
-      const int64_t end = n_rows_ - done, first = end > kRun ? end - kRun : 0;
-      for (int64_t row = first; row < end; ++row) {
-        const int32_t* table = table_row(row);
-        if (count_key_blocks(p_, table) > limit_) continue;
-        attend(tile, row, table, 0, INT64_MAX);
-        const QueryBlock block = query_block(row);
-        const Partial whole = {tile.out(), padded_dim(p_.D), tile.row_max(), tile.row_sum()};
-        finish_rows(
-            p_, block.b, block.h, block.query, block.count, 1, [&whole](int64_t) { return whole; },
-            nullptr);
-      }
+    // the last groups first: with causality they are the heaviest
+    for (int64_t done; (done = group_queue_.take(1)) < n_groups_;) {
+      attend_group(tile, n_groups_ - 1 - done);
     }
   }
 
@@ -122,8 +113,46 @@ class Forward {
     }
   }
 
-  void attend(ForwardTile& tile, int64_t row, const int32_t* table, int64_t first, int64_t end) {
-    tile.begin(query_block(row));
+  // how rows are grouped; no result depends on it
+  void form_groups(int64_t n_threads) {
+    const int64_t share = p_.H / p_.G, fit = ForwardTile::n_rows(p_) / kRun;
+    runs_ = (n_q_blocks_ + kRun - 1) / kRun;
+    heads_ = (share + (share + fit - 1) / fit - 1) / ((share + fit - 1) / fit);
+    if (p_.B * p_.G * ((share + heads_ - 1) / heads_) * runs_ < kShares * n_threads) heads_ = 1;
+    head_groups_ = (share + heads_ - 1) / heads_;
+    n_groups_ = p_.B * p_.G * head_groups_ * runs_;
+  }
+
+  void attend_group(ForwardTile& tile, int64_t group) {
+    const int64_t first_block = group % runs_ * kRun, heads = group / runs_;
+    const int64_t share = p_.H / p_.G, first_head = heads % head_groups_ * heads_;
+    const int64_t top = heads / head_groups_ * share;
+    int64_t n = 0, longest = 0, rows[ForwardTile::kMaxRows], blocks[ForwardTile::kMaxRows];
+    for (int64_t h = first_head; h < first_head + heads_ && h < share; ++h) {
+      for (int64_t q = first_block; q < first_block + kRun && q < n_q_blocks_; ++q) {
+        const int64_t row = (top + h) * n_q_blocks_ + q, count = count_key_blocks(p_, table_row(row));
+        if (count > limit_) continue;
+        tile.begin(n, query_block(row));
+        if (count > longest) longest = count;
+        rows[n] = row, blocks[n++] = count;
+      }
+    }
+    const int64_t step = RowCache::blocks(p_.D) / 2;
+    for (int64_t first = 0; first < longest; first += step) {
+      for (int64_t at = 0; at < n; ++at) {
+        if (first < blocks[at]) visit(tile, at, table_row(rows[at]), first, first + step);
+      }
+    }
+    for (int64_t at = 0; at < n; ++at) {
+      const QueryBlock block = query_block(rows[at]);
+      finish_rows(
+          p_, block.b, block.h, block.query, block.count, 1,
+          [&](int64_t) { return tile.result(at); }, nullptr);
+    }
+  }
+
+  void visit(ForwardTile& tile, int64_t n, const int32_t* table, int64_t first, int64_t end) {
+    tile.resume(n);
     for_each_key_block(p_, table, first, end, [&tile](int phase, int64_t k_block, int64_t mask) {
       tile.visit(phase, k_block, mask);
     });
@@ -137,13 +166,15 @@ class Forward {
 
   void attend_part(ForwardTile& tile, const HeavyRow& heavy, int64_t part) {
     const int64_t n = part - heavy.first_part;
-    attend(tile, heavy.row, table_row(heavy.row), n * heavy.n_blocks / heavy.n_parts,
-           (n + 1) * heavy.n_blocks / heavy.n_parts);
+    tile.begin(0, query_block(heavy.row));
+    visit(tile, 0, table_row(heavy.row), n * heavy.n_blocks / heavy.n_parts,
+          (n + 1) * heavy.n_blocks / heavy.n_parts);
+    const Partial found = tile.result(0);
     float* out = parts_ + part * part_size();
     float* row_max = out + kBlock * padded_dim(p_.D);
-    std::memcpy(out, tile.out(), sizeof(float) * static_cast<size_t>(kBlock * padded_dim(p_.D)));
-    std::memcpy(row_max, tile.row_max(), sizeof(float) * kBlock);
-    std::memcpy(row_max + kBlock, tile.row_sum(), sizeof(float) * kBlock);
+    std::memcpy(out, found.out, sizeof(float) * static_cast<size_t>(kBlock * padded_dim(p_.D)));
+    std::memcpy(row_max, found.row_max, sizeof(float) * kBlock);
+    std::memcpy(row_max + kBlock, found.row_sum, sizeof(float) * kBlock);
   }
 
   void merge_heavy() {
@@ -163,9 +194,11 @@ class Forward {
   const Parallel& parallel_;
   const int64_t first_block_, n_q_blocks_, n_rows_;
   int64_t limit_ = INT64_MAX, n_heavy_ = 0, n_parts_ = 0;
+  // groups: neighbouring query blocks of heads of one kv head
+  int64_t runs_ = 0, heads_ = 1, head_groups_ = 1, n_groups_ = 0;
   HeavyRow* heavy_ = nullptr;
   float* parts_ = nullptr;
-  WorkQueue part_queue_, row_queue_, merge_queue_;
+  WorkQueue part_queue_, group_queue_, merge_queue_;
 };
 
 }  // namespace

@@ -1,4 +1,5 @@
-// One query block of one head against one key block after another, with a running softmax.
+// Query blocks, each of one head, against one key block after another, with a running softmax. Several
+// are under way in turn, so that key blocks that they share are read, or copied, once for all.
 //
 // Scores are held transposed, [key][query], in units of log2: queries are the lanes, so row maxima
 // and sums are vectors and never reduced across lanes, K rows are read in place as the broadcast
@@ -17,6 +18,7 @@
 #include "dropout.h"
 #include "load.h"
 #include "mask.h"
+#include "partial.h"
 #include "scores.h"
 #include "scratch.h"
 #include "tile_gemm.h"
@@ -32,6 +34,17 @@ struct QueryBlock {
   int64_t b, h, g;
   // first query and number of queries; row of the table's tiles that the first one stands in
   int64_t query, count, shift;
+};
+
+// a query block that is under way
+struct RowState {
+  // [kBlock][padded_dim(D)] and [D][kBlock], the queries of tensor `packed`
+  float *out, *queries;
+  float *row_max, *row_sum;
+  QueryBlock block;
+  int packed;
+  // something was accumulated; every query has seen a key
+  bool started, all_started;
 };
 
 // keys as rows; which blocks of the two products hold anything
@@ -75,44 +88,58 @@ struct Exponentials {
 
 class ForwardTile {
  public:
+  // how many query blocks may be under way
+  static constexpr int64_t kMinRows = 4, kMaxRows = 16;
+  static int64_t n_rows(const Problem& p) {
+    const int64_t fit = kStateBytes / (2 * kBlock * padded_dim(p.D) * 4);
+    return fit < kMinRows ? kMinRows : fit < kMaxRows ? fit : kMaxRows;
+  }
+
   static int64_t scratch_bytes(const Problem& p) {
-    const int64_t rows = padded<float>(kBlock * padded_dim(p.D));
-    return rows + 2 * padded<float>(RowCache::floats(p.D)) + padded<float>(kBlock * p.D) +
-           padded<float>(kTile) + 3 * padded<float>(kBlock) + padded<TileMask>(kCachedMasks + 1) +
+    const int64_t state = padded<float>(kBlock * padded_dim(p.D)) + padded<float>(kBlock * p.D) +
+                          2 * padded<float>(kBlock);
+    return n_rows(p) * state + 2 * padded<float>(RowCache::floats(p.D)) + padded<float>(kTile) +
+           padded<float>(kBlock) + padded<TileMask>(kCachedMasks + 1) +
            ScoreTerms<true>::scratch_bytes(p);
   }
 
   ForwardTile(const Problem& p, Scratch& scratch)
       : p_(p),
         out_stride_(padded_dim(p.D)),
-        out_(scratch.take<float>(kBlock * out_stride_)),
-        queries_(scratch.take<float>(kBlock * p.D)),
         tile_(scratch.take<float>(kTile)),
         keys_(scratch.take<float>(RowCache::floats(p.D))),
         values_(scratch.take<float>(RowCache::floats(p.D))),
-        row_max_(scratch.take<float>(kBlock)),
-        row_sum_(scratch.take<float>(kBlock)),
         tile_sum_(scratch.take<float>(kBlock)),
         masks_(scratch.take<TileMask>(kCachedMasks + 1)),
         terms_(p, kLog2e, false, scratch) {
-    for (int m = 0; m < kCachedMasks; ++m) cached_tile_[m] = -1;
+    for (int64_t n = 0; n < n_rows(p); ++n) {
+      rows_[n].out = scratch.take<float>(kBlock * out_stride_);
+      rows_[n].queries = scratch.take<float>(kBlock * p.D);
+      rows_[n].row_max = scratch.take<float>(kBlock);
+      rows_[n].row_sum = scratch.take<float>(kBlock);
+    }
+    forget_masks();
   }
 
-  const float* out() const { return out_; }
-  const float* row_max() const { return row_max_; }
-  const float* row_sum() const { return row_sum_; }
+  Partial result(int64_t n) const {
+    return {rows_[n].out, out_stride_, rows_[n].row_max, rows_[n].row_sum};
+  }
 
-  void begin(const QueryBlock& block) {
-    if (block.shift != block_.shift) {
-      for (int m = 0; m < kCachedMasks; ++m) cached_tile_[m] = -1;
-    }
-    block_ = block;
-    vectors_ = (block.count + kWidth - 1) / kWidth;
-    phase_ = packed_ = -1;
-    started_ = false;
-    all_started_ = false;
-    for (int64_t r = 0; r < kBlock; ++r) row_max_[r] = -kInf, row_sum_[r] = 0.0f;
-    for (int64_t d = 0; d < kBlock * out_stride_; d += kWidth) store(out_ + d, zero());
+  void begin(int64_t n, const QueryBlock& block) {
+    RowState& row = rows_[n];
+    row.block = block;
+    row.packed = -1;
+    row.started = row.all_started = false;
+    for (int64_t r = 0; r < kBlock; ++r) row.row_max[r] = -kInf, row.row_sum[r] = 0.0f;
+    for (int64_t d = 0; d < kBlock * out_stride_; d += kWidth) store(row.out + d, zero());
+  }
+
+  // query block n is the one that visits
+  void resume(int64_t n) {
+    row_ = &rows_[n];
+    if (row_->block.shift != mask_shift_) forget_masks();
+    vectors_ = (row_->block.count + kWidth - 1) / kWidth;
+    phase_ = -1;
   }
 
   // tile: of the table, or -1 for a block that is seen whole
@@ -120,38 +147,45 @@ class ForwardTile {
     const int64_t key = k_block * kBlock;
     if (key >= p_.S) return;
     const int64_t n_k = p_.S - key < kBlock ? p_.S - key : kBlock;
-    const uint64_t word = key_word(p_, block_.b, key);
+    const uint64_t word = key_word(p_, row_->block.b, key);
     const bool whole = tile < 0 && word == low_bits(n_k);
     const TileMask* mask = whole ? nullptr : find_mask(tile, word);
     if (!whole && mask == nullptr) return;
 
     set_phase(phase);
-    terms_.set_keys(block_.b, block_.g, phase, key, n_k);
+    terms_.set_keys(row_->block.b, row_->block.g, phase, key, n_k);
     const Rows keys =
-        keys_.rows_of(p_.k[p_.k_of[phase]], p_.dtype, block_.b, block_.g, key, n_k, p_.D, false);
+        keys_.rows_of(p_.k[p_.k_of[phase]], p_.dtype, row_->block.b, row_->block.g, key, n_k, p_.D, false);
     const bool simple = terms_.only_strip() && p_.softcap == 0.0f;
-    if (!(simple && all_started_ && exponentials(keys, n_k, mask))) {
+    if (!(simple && row_->all_started && exponentials(keys, n_k, mask))) {
       exponentials_after_scores(keys, n_k, mask);
     }
     if (p_.dropout > 0.0f) drop(key, n_k);
     const Rows values =
-        values_.rows_of(p_.v[p_.v_of[phase]], p_.dtype, block_.b, block_.g, key, n_k, p_.D, true);
+        values_.rows_of(p_.v[p_.v_of[phase]], p_.dtype, row_->block.b, row_->block.g, key, n_k, p_.D, true);
     accumulate(values, n_k, mask);
-    started_ = true;
+    row_->started = true;
   }
 
  private:
   static constexpr int kCachedMasks = 8;
+  // what query blocks under way take of a second-level cache of 2 MiB
+  static constexpr int64_t kStateBytes = 512 * 1024;
+
+  void forget_masks() {
+    for (int m = 0; m < kCachedMasks; ++m) cached_tile_[m] = -1;
+    mask_shift_ = row_ ? row_->block.shift : 0;
+  }
 
   void set_phase(int phase) {
     if (phase == phase_) return;
     phase_ = phase;
-    terms_.set_queries(block_.b, block_.h, phase, block_.query, block_.count);
-    if (p_.q_of[phase] == packed_) return;
-    packed_ = p_.q_of[phase];
+    terms_.set_queries(row_->block.b, row_->block.h, phase, row_->block.query, row_->block.count);
+    if (p_.q_of[phase] == row_->packed) return;
+    row_->packed = p_.q_of[phase];
     // [D][kBlock]
-    copy_transposed(p_.q[packed_], p_.dtype, block_.b, block_.h, block_.query, block_.count, p_.D,
-                    p_.scale, queries_, kLog2e);
+    copy_transposed(p_.q[row_->packed], p_.dtype, row_->block.b, row_->block.h, row_->block.query, row_->block.count, p_.D,
+                    p_.scale, row_->queries, kLog2e);
   }
 
   static void fill_mask(BitTile& by_query, uint64_t word, TileMask& mask) {
@@ -172,7 +206,7 @@ class ForwardTile {
       mask = masks_ + at;
     } else {
       if (tile >= 0) {
-        load_bits(p_, tile, block_.shift, bits);
+        load_bits(p_, tile, row_->block.shift, bits);
       } else {
         for (int r = 0; r < kBlock; ++r) bits.row[r] = ~uint64_t{0};
       }
@@ -182,7 +216,7 @@ class ForwardTile {
       }
       fill_mask(bits, word, *mask);
     }
-    for (int s = 0; s * kTileRows < block_.count; ++s) {
+    for (int s = 0; s * kTileRows < row_->block.count; ++s) {
       if (mask->of_queries[s].end > 0) return mask;
     }
     return nullptr;
@@ -204,7 +238,7 @@ class ForwardTile {
         skip(row, step, 0, first);
         skip(row, step, end, vectors_);
       }
-      product(AlongDepth{keys.data, keys.stride}, Rows{queries_, kBlock}, p_.D, row, step, first,
+      product(AlongDepth{keys.data, keys.stride}, Rows{row_->queries, kBlock}, p_.D, row, step, first,
               end - first, StartAtZero{}, finish);
     }
   }
@@ -212,7 +246,7 @@ class ForwardTile {
   template <bool kMasked>
   __attribute__((noinline)) void exponentials_of(Rows keys, int64_t n_k, const TileMask* mask,
                                                  const float* strip) {
-    const Exponentials<kMasked> finish = {strip, row_max_, kMasked ? &mask->by_key : nullptr,
+    const Exponentials<kMasked> finish = {strip, row_->row_max, kMasked ? &mask->by_key : nullptr,
                                           tile_sum_, tile_};
     scores(keys, n_k, kMasked ? mask : nullptr, finish,
            [this](int64_t row, int64_t rows, int64_t first, int64_t end) {
@@ -233,11 +267,11 @@ class ForwardTile {
     }
     for (int64_t v = 0; v < vectors_; ++v) {
       const uint32_t fine = bits_from_mask(less(load(tile_sum_ + v * kWidth), broadcast(kLargest)));
-      const uint32_t rows = bits_from_mask(first_lanes(block_.count - v * kWidth));
+      const uint32_t rows = bits_from_mask(first_lanes(row_->block.count - v * kWidth));
       if ((fine & rows) != rows) return false;
     }
     for (int64_t v = 0; v < vectors_; ++v) {
-      float* sum = row_sum_ + v * kWidth;
+      float* sum = row_->row_sum + v * kWidth;
       store(sum, load(sum) + load(tile_sum_ + v * kWidth));
     }
     return true;
@@ -255,7 +289,7 @@ class ForwardTile {
     bool all_started = true;
     for (int64_t v = 0; v < vectors_; ++v) {
       const int64_t lane = v * kWidth;
-      const Vec old_max = load(row_max_ + lane);
+      const Vec old_max = load(row_->row_max + lane);
       Vec new_max = old_max;
       for (int64_t r = 0; r < n_k; ++r) {
         Vec score = load(tile_ + r * kBlock + lane);
@@ -288,24 +322,24 @@ class ForwardTile {
         }
         sum = sum + few;
       }
-      store(row_max_ + lane, new_max);
-      store(row_sum_ + lane, fma(load(row_sum_ + lane), factor, sum));
+      store(row_->row_max + lane, new_max);
+      store(row_->row_sum + lane, fma(load(row_->row_sum + lane), factor, sum));
       store(tile_sum_ + lane, factor);
-      const uint32_t rows = bits_from_mask(first_lanes(block_.count - lane));
+      const uint32_t rows = bits_from_mask(first_lanes(row_->block.count - lane));
       if (bits_from_mask(empty) & rows) all_started = false;
     }
-    all_started_ = all_started;
-    if (!started_) return;
-    for (int64_t q = 0; q < block_.count; ++q) {
+    row_->all_started = all_started;
+    if (!row_->started) return;
+    for (int64_t q = 0; q < row_->block.count; ++q) {
       const Vec factor = broadcast(tile_sum_[q]);
-      float* row = out_ + q * out_stride_;
+      float* row = row_->out + q * out_stride_;
       for (int64_t d = 0; d < out_stride_; d += kWidth) store(row + d, load(row + d) * factor);
     }
   }
 
   void drop(int64_t key, int64_t n_k) {
     BitTile kept;
-    kept_bits(p_, block_.b, block_.h, block_.query, block_.count, key, kept);
+    kept_bits(p_, row_->block.b, row_->block.h, row_->block.query, row_->block.count, key, kept);
     for (int64_t r = 0; r < n_k; ++r) {
       for (int64_t v = 0; v < vectors_; ++v) {
         float* at = tile_ + r * kBlock + v * kWidth;
@@ -317,12 +351,12 @@ class ForwardTile {
 
   // out += P V
   __attribute__((noinline)) void accumulate(Rows values, int64_t n_k, const TileMask* mask) {
-    const Memory out = {out_, out_stride_};
-    int64_t step = block_.count, first = 0, end = n_k;
-    for (int64_t row = 0; row < block_.count; row += step) {
+    const Memory out = {row_->out, out_stride_};
+    int64_t step = row_->block.count, first = 0, end = n_k;
+    for (int64_t row = 0; row < row_->block.count; row += step) {
       if (mask != nullptr) {
         const Extent extent = mask->of_queries[row / kTileRows];
-        step = block_.count - row < kTileRows ? block_.count - row : kTileRows;
+        step = row_->block.count - row < kTileRows ? row_->block.count - row : kTileRows;
         first = extent.first;
         end = extent.end;
       }
@@ -333,17 +367,16 @@ class ForwardTile {
 
   const Problem& p_;
   const int64_t out_stride_;
-  float *out_, *queries_, *tile_;
+  float* tile_;
   RowCache keys_, values_;
-  float *row_max_, *row_sum_, *tile_sum_;
+  float* tile_sum_;
   TileMask* masks_;
-  int64_t cached_tile_[kCachedMasks];
+  int64_t cached_tile_[kCachedMasks], mask_shift_ = 0;
   ScoreTerms<true> terms_;
-  QueryBlock block_ = {};
+  RowState rows_[kMaxRows];
+  RowState* row_ = nullptr;
   int64_t vectors_ = 0;
-  int phase_ = -1, packed_ = -1;
-  // something was accumulated; every query has seen a key
-  bool started_ = false, all_started_ = false;
+  int phase_ = -1;
 };
 
 }  // namespace lcattn::cpu::LCATTN_ISA

@@ -6,15 +6,17 @@ namespace lcattn::cpu {
 namespace portable {
 void forward(const Problem&, const Parallel&);
 void backward(const Problem&, const Gradients&, const Parallel&);
+void turn(const Turn&, const Parallel&);
 }  // namespace portable
 
-const Kernels kPortable = {"portable", [] { return true; }, portable::forward, portable::backward};
+const Kernels kPortable = {"portable", [] { return true; }, portable::forward, portable::backward, portable::turn};
 
 #if defined(__x86_64__) && defined(__linux__)
 
 namespace avx2 {
 void forward(const Problem&, const Parallel&);
 void backward(const Problem&, const Gradients&, const Parallel&);
+void turn(const Turn&, const Parallel&);
 
 // these also ask the operating system whether it saves the registers
 bool supported() {
@@ -26,6 +28,7 @@ bool supported() {
 namespace avx512 {
 void forward(const Problem&, const Parallel&);
 void backward(const Problem&, const Gradients&, const Parallel&);
+void turn(const Turn&, const Parallel&);
 
 bool supported() {
   return avx2::supported() && __builtin_cpu_supports("avx512f") &&
@@ -34,8 +37,8 @@ bool supported() {
 }
 }  // namespace avx512
 
-const Kernels kAvx512 = {"avx512", avx512::supported, avx512::forward, avx512::backward};
-const Kernels kAvx2 = {"avx2", avx2::supported, avx2::forward, avx2::backward};
+const Kernels kAvx512 = {"avx512", avx512::supported, avx512::forward, avx512::backward, avx512::turn};
+const Kernels kAvx2 = {"avx2", avx2::supported, avx2::forward, avx2::backward, avx2::turn};
 
 std::span<const Kernels* const> compiled() {
   static constexpr const Kernels* kTables[] = {&kAvx512, &kAvx2, &kPortable};

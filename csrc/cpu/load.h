@@ -164,6 +164,31 @@ inline void transpose_whole_vectors(const char* from, int64_t stride_bytes, int6
   }
 }
 
+// Rows of a tile turned in place (rotary positions) by the rows of `table` [n, 2 pairs], cosines then
+// sines, that `at` names, or back by them; -1 leaves a row as it is.
+inline void turn_rows(float* tile, int64_t stride, int64_t count, const float* table, int64_t pairs,
+                      const int32_t* at, bool back = false) {
+  const int64_t whole = pairs / kWidth * kWidth;
+  const float sign = back ? -1.0f : 1.0f;
+  for (int64_t r = 0; r < count; ++r) {
+    if (at[r] < 0) continue;
+    const float* cosine = table + at[r] * 2 * pairs;
+    const float* sine = cosine + pairs;
+    float *low = tile + r * stride, *high = low + pairs;
+    for (int64_t d = 0; d < whole; d += kWidth) {
+      const Vec a = load(low + d), b = load(high + d), c = load(cosine + d);
+      const Vec s = load(sine + d) * broadcast(sign);
+      store(low + d, a * c - b * s);
+      store(high + d, b * c + a * s);
+    }
+    for (int64_t d = whole; d < pairs; ++d) {
+      const float a = low[d], b = high[d], s = sine[d] * sign;
+      low[d] = a * cosine[d] - b * s;
+      high[d] = b * cosine[d] + a * s;
+    }
+  }
+}
+
 // Blocks of rows that several query blocks in turn read, copied once where they can't be read in
 // place: as in rows_of, and where rows lie far apart, as in a [B, T, H, D] tensor, because these
 // would fall into few sets of the cache and many pages. A block has one place, the last one copied

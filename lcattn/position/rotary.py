@@ -5,17 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..ops import fused_turn, fuses_turns, is_unwatched
 from ..problem import turn_by
 from .base import Terms, remembered
 
 # up to so many query rows a kv head, keys are turned as they are read: turning a whole cache would cost more than
 # reading it
 _FEW_ROWS = 16
+# a table of so many coordinates is made for any number of rows
+_LONG_TABLE = 1 << 17
 
 
 class Turning(ABC):
@@ -48,46 +51,77 @@ class Turning(ABC):
     def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
         H, T, D = q.shape[1:]
         G, S = k.shape[1:3]
-        if q_pos is None:
-            q_pos = torch.arange(S - T, S, device=q.device)[None]
-        rotary = self.frequencies_of
-        length = rotary.that_matters(self.reach(S))
-        frequency, factor = rotary.frequencies(D, length, q.device)
+        length = self.frequencies_of.that_matters(self.reach(S))
+        frequency, _ = self.frequencies_of.frequencies(D, length, q.device)
         if D % 2 or 2 * len(frequency) > D:
             raise ValueError(f"Rotary: the head dim must be even and at least {2 * len(frequency)}, got {D}")
-        terms = self.phases() | {"q": tuple(turn(q, at, frequency, factor) for at in self.queries(q_pos))}
-        # compiled graphs serve all lengths, so they don't ask for this one
-        if not torch.compiler.is_compiling() and T * (H // G) <= _FEW_ROWS:
-            rows, span = _default_rows(self, _power_of_two(S), k.device) if k_pos is None else _rows(self, k_pos)
-            return Terms(
-                **terms,
-                k=(k,) * len(rows),
-                turn_table=_table(rotary, D, length, span, k.device),
-                turn_at=rows[..., :S],
-            )
-        if k_pos is None:
-            k_pos = torch.arange(S, device=k.device)[None]
-        keys = self.keys(k_pos)
-        return Terms(**terms, k=tuple(k if at is None else turn(k, at, frequency, factor) for at in keys))
+        terms = self.phases() | {"q": self._turned(q, "queries", q_pos, S - T, length)}
+        if T * (H // G) <= _FEW_ROWS and (places := _places_of(self, "keys", k, k_pos, 0)) is not None:
+            table = _table(self.frequencies_of, D, length, places.span, k.device)
+            return Terms(**terms, k=(k,) * len(places.rows), turn_table=table, turn_at=places.rows)
+        return Terms(**terms, k=self._turned(k, "keys", k_pos, 0, length))
+
+    def _turned(self, x: Tensor, side: Side, at: Tensor | None, first: int, length: int) -> tuple[Tensor, ...]:
+        """x [B, heads, n, D] in each way, for coordinates at [B or 1, n], None for those from `first` on."""
+        rotary, D = self.frequencies_of, x.shape[3]
+        places = _places_of(self, side, x, at, first) if fuses_turns(x) else None
+        if places is not None:
+            table = _table(rotary, D, length, places.span, x.device)
+            # rows of keys close together: query blocks in turn read them where they lie
+            packed = side == "keys"
+            ways = zip(places.rows, places.kept, strict=True)
+            return tuple(x if kept else fused_turn(x, table, rows, packed) for rows, kept in ways)
+        frequency, factor = rotary.frequencies(D, length, x.device)
+        if at is None:
+            at = torch.arange(first, first + x.shape[2], device=x.device)[None]
+        return tuple(x if to is None else turn(x, to, frequency, factor) for to in getattr(self, side)(at))
 
 
-def _rows(position: Turning, k_pos: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Rows of the table that keys are turned by, [n_k, B or 1, S] int32, -1 for none, and what coordinates it spans."""
-    keys = position.keys(k_pos)
-    given = torch.stack(torch.broadcast_tensors(*(at for at in keys if at is not None)))
+Side = Literal["queries", "keys"]
+
+
+class _Places(NamedTuple):
+    """Rows of a table that queries or keys are turned by.
+
+    rows: [ways, B or 1, n] int32, -1 for none; kept: the ways that turn nothing; span: coordinates of the table, from
+    one to before the other.
+    """
+
+    rows: Tensor
+    kept: tuple[bool, ...]
+    span: tuple[int, int]
+
+
+def _places_of(position: Turning, side: Side, x: Tensor, at: Tensor | None, first: int) -> _Places | None:
+    """For x [B, heads, n, D] at coordinates `at` [B or 1, n], or from `first` on; None where a table would not pay."""
+    # compiled graphs serve all lengths, so they don't ask for this one
+    if not is_unwatched((x,)):
+        return None
+    end = first + x.shape[2]
+    if at is None and first < 0:
+        at = torch.arange(first, end, device=x.device)[None]
+    if at is not None:
+        places = _places(position, side, at)
+        # coordinates far apart, or far from the first
+        return places if places.span[1] - places.span[0] <= max(_LONG_TABLE, 4 * x.shape[2]) else None
+    places = _default_places(position, side, _power_of_two(end), x.device)
+    return places._replace(rows=places.rows[..., first:end])
+
+
+def _places(position: Turning, side: Side, at: Tensor) -> _Places:
+    ways = position.queries(at) if side == "queries" else position.keys(at)
+    given = torch.stack(torch.broadcast_tensors(*(to for to in ways if to is not None)))
     low, high = int(given.min()), int(given.max())
     # a padded row's keys may stand before its first
     first = -_power_of_two(-low) if low < 0 else 0
-    rows = [torch.full_like(k_pos, -1) if at is None else at - first for at in keys]
-    return torch.stack(torch.broadcast_tensors(*rows)).int().contiguous(), (
-        first,
-        first + _power_of_two(high - first + 1),
-    )
+    rows = [torch.full_like(at, -1) if to is None else to - first for to in ways]
+    stacked = torch.stack(torch.broadcast_tensors(*rows)).int().contiguous()
+    return _Places(stacked, tuple(to is None for to in ways), (first, first + _power_of_two(high - first + 1)))
 
 
 @remembered(64)
-def _default_rows(position: Turning, S: int, device: torch.device) -> tuple[Tensor, tuple[int, int]]:
-    return _rows(position, torch.arange(S, device=device)[None])
+def _default_places(position: Turning, side: Side, end: int, device: torch.device) -> _Places:
+    return _places(position, side, torch.arange(end, device=device)[None])
 
 
 def _power_of_two(n: int) -> int:
