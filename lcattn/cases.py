@@ -362,6 +362,8 @@ SHAPES: tuple[Shape, ...] = (
     # so many key blocks that several threads share a row of them, forward and decoding
     Shape(1, 1, 1, 70, 2200, 16),
     Shape(1, 2, 1, 1, 700, 40),
+    # heads that share keys, and more of these than are kept at hand
+    Shape(4, 6, 2, 90, 600, 128),
 )
 
 

@@ -96,6 +96,7 @@ def test_build_info_describes_this_build() -> None:
     [
         ("cpu_forward", "out lse lse_rest"),
         ("cpu_backward", "dq dk dv dbias dslope drel_key drel_query dqr dkr dsink"),
+        ("cpu_turn", "out"),
     ],
 )
 def test_schema_names_what_is_written(op: str, written: str) -> None:
@@ -103,7 +104,7 @@ def test_schema_names_what_is_written(op: str, written: str) -> None:
     names = [argument.name for argument in schema.arguments]
     if op == "cpu_forward":
         assert names == FORWARD_NAMES
-    else:
+    elif op == "cpu_backward":
         seen = [name for name in names[: names.index("out")] if not name.endswith("_t")]
         assert seen == FORWARD_NAMES[: FORWARD_NAMES.index("out")]
     assert [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write] == written.split()
@@ -186,6 +187,31 @@ def test_bad_turns_name_themselves(table: torch.Tensor, at: tuple[int, ...], mes
     problem = one_key_problem() | {"turn_table": table, "turn_at": torch.zeros(at, dtype=torch.int32)}
     with pytest.raises(RuntimeError, match=re.escape(message)):
         forward(problem)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("x", torch.zeros(3, 20), "x must have 4 dimensions; got Float [3, 20]"),
+        ("x", torch.zeros(2, 4, 3, 20, dtype=torch.float64), "must be float32, bfloat16 or float16"),
+        ("table", torch.zeros(5, 22), "table must have an even width of at most 20; got 22"),
+        ("table", torch.zeros(5, 3), "table must have an even width of at most 20; got 3"),
+        ("table", torch.zeros(5, 20, dtype=torch.float64), "table must be Float [any, any], contiguous"),
+        ("at", torch.zeros(3, 3, dtype=torch.int32), "at must be Int [2 or 1, 3]"),
+        ("at", torch.zeros(2, 3), "at must be Int [2 or 1, 3]"),
+        ("at", torch.zeros(3, 2, dtype=torch.int32).T, "at must be contiguous in its last dimension"),
+        ("out", torch.zeros(2, 4, 1, 20), "out must be Float [2, 4, 3, 20]"),
+        ("out", torch.zeros(2, 4, 3, 1).expand(2, 4, 3, 20), "out must not be expanded"),
+    ],
+)
+def test_bad_turning_names_itself(name: str, value: torch.Tensor, message: str) -> None:
+    given = {"x": torch.ones(2, 4, 3, 20), "table": torch.zeros(5, 20), "at": torch.zeros(2, 3, dtype=torch.int32)}
+    given |= {"back": False, "out": torch.full((2, 4, 3, 20), torch.nan)}
+    torch.ops.lcattn.cpu_turn(*given.values())
+    assert (given["out"] == 0).all()
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        torch.ops.lcattn.cpu_turn(*(given | {name: value}).values())
 
 
 def test_triton_kernels_come_with_the_package() -> None:

@@ -26,6 +26,8 @@ BUILT = ROOT / "build" / "native" / str(sysconfig.get_config_var("SOABI"))
 
 SQUARE = Shape(1, 4, 2, 200, 200, 32)
 MORE_KEYS = Shape(2, 3, 1, 65, 190, 20)
+# heads that share keys, and more of these than are kept at hand
+GROUPED = Shape(4, 6, 2, 90, 600, 128)
 # one sequence, which two threads share in the backward
 SHARED = Shape(1, 1, 1, 193, 257, 80)
 # so many key blocks that two threads share a row of them
@@ -83,7 +85,7 @@ DEFECTS = (
     Defect(
         "start of the queries left out of masks",
         "forward",
-        "load_bits(p_, tile, block_.shift, bits);",
+        "load_bits(p_, tile, row_->block.shift, bits);",
         "load_bits(p_, tile, 0, bits);",
         "chunked_causal-none-plain",
         MORE_KEYS,
@@ -131,7 +133,7 @@ DEFECTS = (
     Defect(
         "key mask ignored",
         "forward",
-        "key_word(p_, block_.b, key)",
+        "key_word(p_, row_->block.b, key)",
         "low_bits(n_k)",
         "full-none-key_mask",
         SQUARE,
@@ -139,16 +141,16 @@ DEFECTS = (
     Defect(
         "row sum not rescaled as the maximum grows",
         "forward",
-        "fma(load(row_sum_ + lane), factor, sum)",
-        "load(row_sum_ + lane) + sum",
+        "fma(load(row_->row_sum + lane), factor, sum)",
+        "load(row_->row_sum + lane) + sum",
         "full-none-large_scores",
         SQUARE,
     ),
     Defect(
         "last queries of a short block left out",
         "forward",
-        "vectors_ = (block.count + kWidth - 1) / kWidth;",
-        "vectors_ = (block.count - 1) / kWidth;",
+        "vectors_ = (row_->block.count + kWidth - 1) / kWidth;",
+        "vectors_ = (row_->block.count - 1) / kWidth;",
         "full-none-plain",
         SQUARE,
     ),
@@ -159,6 +161,30 @@ DEFECTS = (
         "bits_at_least(words.word[(w + 1) % 4], bound)",
         "full-none-dropout",
         SQUARE,
+    ),
+    Defect(
+        "a key block seen by two steps of a group",
+        "forward",
+        "table_row(rows[at]), first, first + step)",
+        "table_row(rows[at]), first, first + step + 1)",
+        "full-none-plain",
+        GROUPED,
+    ),
+    Defect(
+        "offsets of the query block that went before in the group",
+        "forward",
+        "    phase_ = -1;\n  }",
+        "  }",
+        "causal-shared_bias-plain",
+        GROUPED,
+    ),
+    Defect(
+        "a copied key block taken for another head's",
+        "forward",
+        "tag.b != b || tag.head != head || tag.row != row",
+        "tag.b != b || tag.row != row",
+        "full-none-feature_strides",
+        GROUPED,
     ),
     Defect(
         "a part of a cut row overwritten",
@@ -400,7 +426,7 @@ def undamaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs the objects of a build in this tree: make test")
     folder = tmp_path_factory.mktemp("undamaged")
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    build(folder, ("backward", "decode", "forward"), folder)
+    build(folder, ("backward", "decode", "forward", "turn"), folder)
     return folder
 
 

@@ -152,6 +152,34 @@ def test_keys_turned_as_they_are_read(name: str) -> None:
             torch.testing.assert_close(out, whole[:, :, -2:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [*METHODS, "rotary", "partial"])
+def test_many_rows_turn_exactly(name: str, dtype: torch.dtype) -> None:
+    """Values and gradients of the kernel that turns, against the formula in float64, at all kinds of coordinates."""
+    parameters = {"rope_theta": BASE, "partial_rotary_factor": 0.5}
+    position: Any = METHODS[name][0](True) if name in METHODS else lcattn.Rotary(BASE)
+    position = lcattn.Rotary(rope_parameters=parameters) if name == "partial" else position
+    for D, T, S in ((64, 70, 150), (36, 130, 90), (128, 33, 64)):
+        q, k = (torch.randn(2, n, h, D, dtype=dtype).transpose(1, 2).requires_grad_() for n, h in ((T, 4), (S, 2)))
+        near = (torch.randint(-50, 400, (2, T)), torch.randint(-50, 400, (1, S)))
+        far = (torch.randint(-(10**7), 10**7, (1, T)), torch.arange(S)[None] + 10**8)
+        for q_pos, k_pos in ((None, None), near, far):
+            got = position.lower(q, k, k, q_pos, k_pos)
+            wide_q, wide_k = (x.detach().double().requires_grad_() for x in (q, k))
+            want = position.lower(wide_q, wide_k, wide_k, q_pos, k_pos)
+            pairs = [*zip(got.q, want.q, strict=True), *zip(got.k, want.k, strict=True)]
+            for rounded, exact in pairs:
+                torch.testing.assert_close(rounded.double(), exact, rtol=torch.finfo(dtype).eps, atol=3e-6)
+            weights = [torch.randn_like(rounded) for rounded, _ in pairs]
+            sums = [sum((t * w).sum() for t, w in zip(side, weights, strict=True)) for side in zip(*pairs, strict=True)]
+            gradients = torch.autograd.grad(sums[0], (q, k))
+            for rounded, exact in zip(gradients, torch.autograd.grad(sums[1], (wide_q, wide_k)), strict=True):
+                # every way is rounded, then their sum
+                error = len(pairs) * torch.finfo(dtype).eps * exact.abs().max().item()
+                torch.testing.assert_close(rounded.double(), exact, rtol=0, atol=error + 1e-5)
+
+
 @pytest.mark.parametrize("T", [5, 60])
 @pytest.mark.parametrize("name", [*METHODS, "rotary"])
 def test_what_inference_leaves_serves_training(name: str, T: int) -> None:

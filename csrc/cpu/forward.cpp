@@ -17,8 +17,9 @@ namespace {
 // kMinPart blocks
 constexpr int64_t kShares = 8;
 constexpr int64_t kMinPart = 32;
-// neighbouring query blocks taken at once
-constexpr int64_t kRun = 4;
+// neighbouring query blocks of a head taken at once, and groups a thread below which none holds
+// several heads
+constexpr int64_t kRun = 4, kMinGroups = 4;
 
 struct HeavyRow {
   int64_t row;
@@ -118,7 +119,7 @@ class Forward {
     const int64_t share = p_.H / p_.G, fit = ForwardTile::n_rows(p_) / kRun;
     runs_ = (n_q_blocks_ + kRun - 1) / kRun;
     heads_ = (share + (share + fit - 1) / fit - 1) / ((share + fit - 1) / fit);
-    if (p_.B * p_.G * ((share + heads_ - 1) / heads_) * runs_ < kShares * n_threads) heads_ = 1;
+    if (p_.B * p_.G * ((share + heads_ - 1) / heads_) * runs_ < kMinGroups * n_threads) heads_ = 1;
     head_groups_ = (share + heads_ - 1) / heads_;
     n_groups_ = p_.B * p_.G * head_groups_ * runs_;
   }
