@@ -7,8 +7,8 @@
 // for one tile of up to 64 queries x 64 keys, with `unit` = log2(e) where scores are exponents of
 // two. A tile of scores is [kBlock][kBlock]: keys as rows and queries as lanes, or the other way
 // round. Where the coordinates of both sides step by one, all pairs of a diagonal have one offset:
-// bias and slope are then a strip of 127 values, relative products one small matrix product over
-// the strip's table rows.
+// bias and slope are then a strip of 127 values, relative products one matrix product with the
+// strip's table rows, of which a register tile takes those that its own rows reach.
 #pragma once
 
 #include "load.h"
@@ -62,9 +62,12 @@ class ScoreTerms {
  public:
   static int64_t scratch_bytes(const Problem& p) {
     int64_t bytes = padded<float>(kStrip);
-    if (p.rel_key.data) bytes += 2 * padded<float>(kBlock * padded_dim(p.D));
-    if (p.rel_query.data) bytes += 2 * padded<float>(kBlock * padded_dim(p.D));
-    if (p.rel_key.data || p.rel_query.data) bytes += padded<float>(kStrip * kBlock);
+    if (p.rel_key.data) bytes += padded<float>(kBlock * padded_dim(p.D));
+    if (p.rel_query.data) bytes += padded<float>(kBlock * padded_dim(p.D));
+    if (p.rel_key.data || p.rel_query.data) {
+      bytes += padded<float>(padded_dim(p.D) * kDiagonals) + padded<float>(kTile) +
+               padded<float>(kTileRows * kReach);
+    }
     return bytes;
   }
 
@@ -77,9 +80,11 @@ class ScoreTerms {
     for (Operand* operand : {&query_, &key_}) {
       if ((operand == &query_ ? p.rel_key : p.rel_query).data == nullptr) continue;
       operand->rows = scratch.take<float>(kBlock * padded_dim(p.D));
-      operand->transposed = scratch.take<float>(kBlock * padded_dim(p.D));
     }
-    if (relative_) products_ = scratch.take<float>(kStrip * kBlock);
+    if (!relative_) return;
+    diagonals_ = scratch.take<float>(padded_dim(p.D) * kDiagonals);
+    square_ = scratch.take<float>(kTile);
+    reached_ = scratch.take<float>(kTileRows * kReach);
   }
 
   void set_queries(int64_t b, int64_t h, int phase, int64_t query, int64_t n_q) {
@@ -126,15 +131,21 @@ class ScoreTerms {
   }
 
  private:
+  // Offsets that a register tile of rows reaches, to whole vectors; those of the whole tile, and a
+  // margin for the last register tile.
+  static constexpr int kReach = (kBlock + kTileRows - 1 + kWidth - 1) / kWidth * kWidth;
+  static constexpr int kMargin = kTileRows;
+  static constexpr int kDiagonals = (kMargin + kBlock - kTileRows + kReach + kWidth - 1) / kWidth * kWidth;
+
   // rows of qr or kr, copied when first needed
   struct Operand {
-    float *rows = nullptr, *transposed = nullptr;
+    float* rows = nullptr;
     int64_t head = 0, row = 0, count = 0;
-    bool has_rows = false, has_transposed = false;
+    bool has_rows = false;
 
     void set(int64_t new_head, int64_t new_row, int64_t new_count) {
       head = new_head, row = new_row, count = new_count;
-      has_rows = has_transposed = false;
+      has_rows = false;
     }
   };
 
@@ -196,21 +207,16 @@ class ScoreTerms {
     const float* rows = table.data + h_ * table.head_stride;
     Operand& operand = kRelKey ? query_ : key_;
     const View& view = kRelKey ? p_.qr : p_.kr;
+    if (!operand.has_rows) {
+      copy_rows(view, p_.dtype, b_, operand.head, operand.row, operand.count, p_.D, p_.scale,
+                operand.rows, unit_);
+      operand.has_rows = true;
+    }
     if (!steps() || pairwise_) {
-      if (!operand.has_rows) {
-        copy_rows(view, p_.dtype, b_, operand.head, operand.row, operand.count, p_.D, p_.scale,
-                  operand.rows, unit_);
-        operand.has_rows = true;
-      }
       add_pairwise<kRelKey>(table, rows, operand.rows, scores);
-      return;
+    } else {
+      add_products<kRelKey>(table, rows, operand.rows, scores);
     }
-    if (!operand.has_transposed) {
-      copy_transposed(view, p_.dtype, b_, operand.head, operand.row, operand.count, p_.D, p_.scale,
-                      operand.transposed, unit_);
-      operand.has_transposed = true;
-    }
-    add_products<kRelKey>(table, rows, operand.transposed, scores);
   }
 
   template <bool kRelKey>
@@ -229,40 +235,84 @@ class ScoreTerms {
     }
   }
 
-  // products_[t][c] = table row of offset base - 63 + t, times query or key c
+  // With a the operand's rows and b the other side's, pairs of one b - a have one entry.
   template <bool kRelKey>
-  void add_products(const OffsetTable& table, const float* rows, const float* transposed,
+  void add_products(const OffsetTable& table, const float* rows, const float* operand,
                     float* scores) {
-    const int64_t entry_of_t0 = k_.first - q_.first - (kBlock - 1) - table.min_offset;
-    // the tile's diagonals, cut to those that have an entry of their own
-    int64_t first = kBlock - q_.count, last = kBlock - 2 + k_.count;
-    const int64_t low = -entry_of_t0, high = table.length - 1 - entry_of_t0;
-    if (low > last) {
-      first = last;
-    } else if (high < first) {
-      last = first;
-    } else {
-      if (low > first) first = low;
-      if (high < last) last = high;
+    constexpr bool kTransposed = kRelKey == kQueryLanes;
+    const int64_t n_a = kRelKey ? q_.count : k_.count, n_b = kRelKey ? k_.count : q_.count;
+    const int64_t stride = padded_dim(p_.D), step = kRelKey ? 1 : -1;
+    const int64_t entry = k_.first - q_.first - table.min_offset;  // of a = b
+    set_diagonals(table, rows, entry, step);
+    for (int64_t a = 0; a < n_a; a += kTileRows) {
+      const int64_t count = n_a - a < kTileRows ? n_a - a : kTileRows;
+      // from the offset of the last row and b = 0 on
+      const float* reached = diagonals_ + kMargin + kBlock - kTileRows - a;
+      product(AlongDepth{operand + a * stride, stride}, Rows{reached, kDiagonals}, p_.D, 0, count, 0,
+              kReach / kWidth, StartAtZero{}, Memory{reached_, kReach}.set());
+      for (int64_t r = 0; r < count; ++r) {
+        const float* from = reached_ + r * kReach + kTileRows - 1 - r;
+        float* to = (kTransposed ? square_ : scores) + (a + r) * kBlock;
+        for (int64_t b = 0; b < n_b; b += kWidth) {
+          store(to + b, kTransposed ? load(from + b) : load(to + b) + load(from + b));
+        }
+      }
     }
-    int64_t entry = entry_of_t0 + first;
-    entry = entry < 0 ? 0 : entry >= table.length ? table.length - 1 : entry;
-    const Memory result = {products_ + first * kBlock, kBlock};
-    product(AlongDepth{rows + entry * p_.D, p_.D}, Rows{transposed, kBlock}, p_.D, 0,
-            last - first + 1, 0, kBlock / kWidth, StartAtZero{}, result.set());
-    // within a row of scores: lanes walk the diagonals down if they are queries, and the columns of
-    // products_ if these belong to the lanes
-    constexpr bool kColumnIsLane = kRelKey == kQueryLanes;
-    const IVec lanes = lane_index();
-    for (int64_t r = 0; r < n_rows(); ++r) {
-      for (int64_t lane = 0; lane < n_lanes(); lane += kWidth) {
-        const IVec at_lane = lanes + static_cast<int32_t>(lane);
-        const IVec row = broadcast(static_cast<int32_t>(kQueryLanes ? r : -r));
-        const IVec diagonal = row + (kQueryLanes ? -at_lane : at_lane) + (kBlock - 1);
-        const IVec t = clamp(diagonal, static_cast<int32_t>(first), static_cast<int32_t>(last));
-        const IVec column = kColumnIsLane ? at_lane : broadcast(static_cast<int32_t>(r));
-        float* at = scores + r * kBlock + lane;
-        store(at, load(at) + gather(products_, t * kBlock + column));
+    if (kTransposed) add_transposed(square_, n_a, n_b, scores);
+  }
+
+  // diagonals_[d][kMargin + t] = table[clamp(entry + step (t - 63))][d], t = b - a + 63
+  void set_diagonals(const OffsetTable& table, const float* rows, int64_t entry, int64_t step) {
+    const auto row_of = [&](int64_t t) {
+      const int64_t at = entry + step * (t - (kBlock - 1));
+      return rows + (at < 0 ? 0 : at < table.length ? at : table.length - 1) * p_.D;
+    };
+    // neighbouring tiles have most diagonals in common
+    const bool same = rows == diagonals_of_ && step == diagonals_step_;
+    const int64_t moved = same ? step * (entry - diagonals_entry_) : kDiagonals;
+    diagonals_of_ = rows, diagonals_step_ = step, diagonals_entry_ = entry;
+    if (moved == 0) return;
+    int64_t fill = 0, end = kDiagonals;
+    if (moved == kBlock || moved == -kBlock) {
+      constexpr int64_t kKept = kDiagonals - kBlock;
+      const int64_t kept = moved > 0 ? 0 : kBlock;
+      for (int64_t d = 0; d < p_.D; ++d) {
+        float* at = diagonals_ + d * kDiagonals;
+        std::memmove(at + kept, at + kBlock - kept, sizeof(float) * kKept);
+      }
+      moved > 0 ? fill = kKept : end = kBlock;
+    }
+    const int64_t whole = p_.D / kWidth * kWidth;
+    for (int64_t first = fill; first < end; first += kWidth) {
+      const float* from[kWidth];
+      for (int i = 0; i < kWidth; ++i) from[i] = row_of(first + i - kMargin);
+      for (int64_t d = 0; d < whole; d += kWidth) {
+        Vec square[kWidth];
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) square[i] = load(from[i] + d);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) store(diagonals_ + (d + i) * kDiagonals + first, square[i]);
+      }
+      for (int64_t d = whole; d < p_.D; ++d) {
+        for (int i = 0; i < kWidth; ++i) diagonals_[d * kDiagonals + first + i] = from[i][d];
+      }
+    }
+  }
+
+  // scores[b][a] += square[a][b]
+  static void add_transposed(const float* square, int64_t n_a, int64_t n_b, float* scores) {
+    for (int64_t a = 0; a < n_a; a += kWidth) {
+      for (int64_t b = 0; b < n_b; b += kWidth) {
+        Vec part[kWidth];
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) part[i] = load(square + (a + i) * kBlock + b);
+        transpose(part);
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) {
+          float* at = scores + (b + i) * kBlock + a;
+          store(at, load(at) + part[i]);
+        }
       }
     }
   }
@@ -271,7 +321,10 @@ class ScoreTerms {
   const float unit_;
   const bool pairwise_;
   float* strip_;
-  float* products_ = nullptr;
+  // whose diagonals these are: the head's table, and how they go through it
+  const float* diagonals_of_ = nullptr;
+  int64_t diagonals_step_ = 0, diagonals_entry_ = 0;
+  float *diagonals_ = nullptr, *square_ = nullptr, *reached_ = nullptr;
   bool relative_, by_offset_;
   int64_t b_ = 0, h_ = 0;
   int phase_ = 0;
