@@ -453,8 +453,8 @@ void cpu_turn(StableIValue* stack, uint64_t, uint64_t) {
   t.x = input_view(x, "x", x.scalar_type(), t.B, t.heads, t.n, t.D);
   t.out = output_view(out, "out", x.scalar_type(), t.B, t.heads, t.n, t.D);
   expect(table, "table", ScalarType::Float, {kAny, kAny}, true);
-  require(table.size(1) % 2 == 0 && table.size(1) <= t.D, "table must have an even width of at most ",
-          t.D, "; got ", table.size(1));
+  require(table.size(1) % 2 == 0 && table.size(1) <= t.D,
+          "table must have an even width of at most ", t.D, "; got ", table.size(1));
   expect(at, "at", ScalarType::Int, {or_one(t.B), {t.n}}, false);
   require(t.n <= 1 || at.stride(1) == 1, "at must be contiguous in its last dimension");
   t.table = data<float>(table), t.pairs = table.size(1) / 2;

@@ -36,8 +36,6 @@ torch.library.define(
 )
 
 
-
-
 def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """out and lse of a problem, differentiable, on the named backend."""
     if _is_plain_inference(problem):
@@ -216,7 +214,7 @@ def fused_turn(x: Tensor, table: Tensor, at: Tensor, packed: bool) -> Tensor:
         packed: whether the result is contiguous; else it lies in memory as x does.
     """
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Turn.apply(x, table, at, False, packed)  # type: ignore[no-any-return]
+        return _Turn.apply(x, table, at, False, packed)
     return _turn(x, table, at, False, packed)
 
 

@@ -107,6 +107,7 @@ FAULTS = {
     9: "deadlock: a warp's collective .*threads 0..15: waits for lanes ffffffff .*threads 16..31: waits for lanes",
     11: "out of bounds: 4-byte read of global memory that is not allocated, address 0x8",
     12: r"out of bounds: 4-byte write of global memory \(argument 1\) at byte -4 of 512",
+    13: "endless: executed 1000000000 times",
 }
 
 

@@ -2,9 +2,10 @@
 //
 // A query block of one head, a row of the table, has one owner, which writes its rows of out and
 // lse. Workers take groups of neighbouring query blocks of heads that share their keys, and bring
-// all of a group past a few key blocks before the next, so that these stay in cache. A row that holds far more key blocks than its share (a token that sees all) is cut into
-// parts over its key blocks; parts are written to scratch and merged afterwards in their order.
-// Where cuts fall depends on the problem and the number of threads alone, so results do too.
+// all of a group past a few key blocks before the next, so that these stay in cache. A row that
+// holds far more key blocks than its share (a token that sees all) is cut into parts over its key
+// blocks; parts are written to scratch and merged afterwards in their order. Where cuts fall
+// depends on the problem and the number of threads alone, so results do too.
 #include "decode.h"
 #include "forward_tile.h"
 #include "partial.h"
@@ -131,7 +132,8 @@ class Forward {
     int64_t n = 0, longest = 0, rows[ForwardTile::kMaxRows], blocks[ForwardTile::kMaxRows];
     for (int64_t h = first_head; h < first_head + heads_ && h < share; ++h) {
       for (int64_t q = first_block; q < first_block + kRun && q < n_q_blocks_; ++q) {
-        const int64_t row = (top + h) * n_q_blocks_ + q, count = count_key_blocks(p_, table_row(row));
+        const int64_t row = (top + h) * n_q_blocks_ + q,
+                      count = count_key_blocks(p_, table_row(row));
         if (count > limit_) continue;
         tile.begin(n, query_block(row));
         if (count > longest) longest = count;

@@ -1,5 +1,6 @@
-// Query blocks, each of one head, against one key block after another, with a running softmax. Several
-// are under way in turn, so that key blocks that they share are read, or copied, once for all.
+// Query blocks, each of one head, against one key block after another, with a running softmax.
+// Several are under way in turn, so that key blocks that they share are read, or copied, once for
+// all.
 //
 // Scores are held transposed, [key][query], in units of log2: queries are the lanes, so row maxima
 // and sums are vectors and never reduced across lanes, K rows are read in place as the broadcast
@@ -154,15 +155,15 @@ class ForwardTile {
 
     set_phase(phase);
     terms_.set_keys(row_->block.b, row_->block.g, phase, key, n_k);
-    const Rows keys =
-        keys_.rows_of(p_.k[p_.k_of[phase]], p_.dtype, row_->block.b, row_->block.g, key, n_k, p_.D, false);
+    const Rows keys = keys_.rows_of(p_.k[p_.k_of[phase]], p_.dtype, row_->block.b, row_->block.g,
+                                    key, n_k, p_.D, false);
     const bool simple = terms_.only_strip() && p_.softcap == 0.0f;
     if (!(simple && row_->all_started && exponentials(keys, n_k, mask))) {
       exponentials_after_scores(keys, n_k, mask);
     }
     if (p_.dropout > 0.0f) drop(key, n_k);
-    const Rows values =
-        values_.rows_of(p_.v[p_.v_of[phase]], p_.dtype, row_->block.b, row_->block.g, key, n_k, p_.D, true);
+    const Rows values = values_.rows_of(p_.v[p_.v_of[phase]], p_.dtype, row_->block.b,
+                                        row_->block.g, key, n_k, p_.D, true);
     accumulate(values, n_k, mask);
     row_->started = true;
   }
@@ -184,8 +185,8 @@ class ForwardTile {
     if (p_.q_of[phase] == row_->packed) return;
     row_->packed = p_.q_of[phase];
     // [D][kBlock]
-    copy_transposed(p_.q[row_->packed], p_.dtype, row_->block.b, row_->block.h, row_->block.query, row_->block.count, p_.D,
-                    p_.scale, row_->queries, kLog2e);
+    copy_transposed(p_.q[row_->packed], p_.dtype, row_->block.b, row_->block.h, row_->block.query,
+                    row_->block.count, p_.D, p_.scale, row_->queries, kLog2e);
   }
 
   static void fill_mask(BitTile& by_query, uint64_t word, TileMask& mask) {
@@ -238,8 +239,8 @@ class ForwardTile {
         skip(row, step, 0, first);
         skip(row, step, end, vectors_);
       }
-      product(AlongDepth{keys.data, keys.stride}, Rows{row_->queries, kBlock}, p_.D, row, step, first,
-              end - first, StartAtZero{}, finish);
+      product(AlongDepth{keys.data, keys.stride}, Rows{row_->queries, kBlock}, p_.D, row, step,
+              first, end - first, StartAtZero{}, finish);
     }
   }
 

@@ -9,7 +9,8 @@ void backward(const Problem&, const Gradients&, const Parallel&);
 void turn(const Turn&, const Parallel&);
 }  // namespace portable
 
-const Kernels kPortable = {"portable", [] { return true; }, portable::forward, portable::backward, portable::turn};
+const Kernels kPortable = {"portable", [] { return true; }, portable::forward, portable::backward,
+                           portable::turn};
 
 #if defined(__x86_64__) && defined(__linux__)
 
@@ -37,7 +38,8 @@ bool supported() {
 }
 }  // namespace avx512
 
-const Kernels kAvx512 = {"avx512", avx512::supported, avx512::forward, avx512::backward, avx512::turn};
+const Kernels kAvx512 = {"avx512", avx512::supported, avx512::forward, avx512::backward,
+                         avx512::turn};
 const Kernels kAvx2 = {"avx2", avx2::supported, avx2::forward, avx2::backward, avx2::turn};
 
 std::span<const Kernels* const> compiled() {

@@ -1,8 +1,8 @@
 // What one instruction set offers, and the choice among them.
 //
-// forward.cpp, backward.cpp, decode.cpp, turn.cpp are compiled once per instruction set, each time with
-// LCATTN_ISA naming the namespace, so that no function compiled for one processor is ever linked
-// into another's path.
+// forward.cpp, backward.cpp, decode.cpp, turn.cpp are compiled once per instruction set, each time
+// with LCATTN_ISA naming the namespace, so that no function compiled for one processor is ever
+// linked into another's path.
 #pragma once
 
 #include <span>

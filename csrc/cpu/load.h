@@ -164,8 +164,8 @@ inline void transpose_whole_vectors(const char* from, int64_t stride_bytes, int6
   }
 }
 
-// Rows of a tile turned in place (rotary positions) by the rows of `table` [n, 2 pairs], cosines then
-// sines, that `at` names, or back by them; -1 leaves a row as it is.
+// Rows of a tile turned in place (rotary positions) by the rows of `table` [n, 2 pairs], cosines
+// then sines, that `at` names, or back by them; -1 leaves a row as it is.
 inline void turn_rows(float* tile, int64_t stride, int64_t count, const float* table, int64_t pairs,
                       const int32_t* at, bool back = false) {
   const int64_t whole = pairs / kWidth * kWidth;

@@ -135,7 +135,8 @@ class ScoreTerms {
   // margin for the last register tile.
   static constexpr int kReach = (kBlock + kTileRows - 1 + kWidth - 1) / kWidth * kWidth;
   static constexpr int kMargin = kTileRows;
-  static constexpr int kDiagonals = (kMargin + kBlock - kTileRows + kReach + kWidth - 1) / kWidth * kWidth;
+  static constexpr int kDiagonals =
+      (kMargin + kBlock - kTileRows + kReach + kWidth - 1) / kWidth * kWidth;
 
   // rows of qr or kr, copied when first needed
   struct Operand {
@@ -248,8 +249,8 @@ class ScoreTerms {
       const int64_t count = n_a - a < kTileRows ? n_a - a : kTileRows;
       // from the offset of the last row and b = 0 on
       const float* reached = diagonals_ + kMargin + kBlock - kTileRows - a;
-      product(AlongDepth{operand + a * stride, stride}, Rows{reached, kDiagonals}, p_.D, 0, count, 0,
-              kReach / kWidth, StartAtZero{}, Memory{reached_, kReach}.set());
+      product(AlongDepth{operand + a * stride, stride}, Rows{reached, kDiagonals}, p_.D, 0, count,
+              0, kReach / kWidth, StartAtZero{}, Memory{reached_, kReach}.set());
       for (int64_t r = 0; r < count; ++r) {
         const float* from = reached_ + r * kReach + kTileRows - 1 - r;
         float* to = (kTransposed ? square_ : scores) + (a + r) * kBlock;
@@ -292,7 +293,8 @@ class ScoreTerms {
         for (int i = 0; i < kWidth; ++i) square[i] = load(from[i] + d);
         transpose(square);
 #pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) store(diagonals_ + (d + i) * kDiagonals + first, square[i]);
+        for (int i = 0; i < kWidth; ++i)
+          store(diagonals_ + (d + i) * kDiagonals + first, square[i]);
       }
       for (int64_t d = whole; d < p_.D; ++d) {
         for (int i = 0; i < kWidth; ++i) diagonals_[d * kDiagonals + first + i] = from[i][d];

@@ -227,7 +227,9 @@ class _Translator:
         lines = [self._begin_block()]
         for statement in function.statements:
             if isinstance(statement, Label):
-                lines += [f"label_{identifier(statement.name)}:;", self._begin_block()]
+                count = self._begin_block().removesuffix(";")
+                stop = f'fail(thread, {len(self.sites)}u, "endless: executed %llu times", kEndless);'
+                lines += [f"label_{identifier(statement.name)}:", f"if ({count} == kEndless) {stop}"]
                 continue
             lines.append(self._instruction(context, statement))
             name = statement.opcode.split(".")[0]

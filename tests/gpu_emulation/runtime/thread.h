@@ -18,6 +18,9 @@ constexpr uint32_t kNamedBarriers = 16;
 // the most registers that a lane hands to a collective, or takes from it
 constexpr uint32_t kCollectiveRegisters = 12;
 
+// a loop that goes round so often in a launch does not end
+constexpr unsigned long long kEndless = 1'000'000'000;
+
 struct Dim3 {
   uint32_t x, y, z;
 };
