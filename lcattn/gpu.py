@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from .cpu import _C, _MISSING
-from .inputs import MAX_PHASES, KernelInputs, kernel_inputs, strided_like
+from .inputs import KernelInputs, kernel_inputs, strided_like
 from .problem import Gradients, Problem
 
 _DTYPES = (torch.bfloat16, torch.float16)
 # rows of both kinds of kernel start at multiples of so many bytes, which is what one thread copies
 _ALIGNMENT = 16
+_MAX_PHASES = 5
 # blocks in the second and third dimension of a grid
 _MAX_GRID = 65535
 # the first with the matrix instructions and asynchronous copies that the kernels use
@@ -56,8 +57,8 @@ class _GpuBackend:
         ):
             if there:
                 return f"it has no {what} yet"
-        if len(problem.phase_map) > MAX_PHASES:
-            return f"the position has {len(problem.phase_map)} phases, at most {MAX_PHASES}"
+        if len(problem.phase_map) > _MAX_PHASES:
+            return f"the position has {len(problem.phase_map)} phases, at most {_MAX_PHASES}"
         if max(q.shape[:2]) > _MAX_GRID:
             return f"batch size and heads are {q.shape[0]} and {q.shape[1]}, at most {_MAX_GRID}"
         return None

@@ -138,10 +138,11 @@ def weights(problem: Problem) -> tuple[list[Tensor], Tensor]:
 _BLOCK = 64
 
 
-def attention(problem: Problem, block: int | None = None) -> tuple[Tensor, Tensor]:
+def attention(problem: Problem, rounding: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """out [B, H, T, D] and lse [B, H, T] of a problem; memory O(B H T S).
 
-    `block` sums values one block of so many keys after the other, in the dtype of the inputs, as tiled kernels do.
+    `rounding` draws an order of keys, and values are summed one block of these after the other, in the dtype of the
+    inputs, as tiled kernels sum them.
     """
     B, H, G, T, S, _ = problem.sizes
     phases, lse = weights(problem)
@@ -152,8 +153,12 @@ def attention(problem: Problem, block: int | None = None) -> tuple[Tensor, Tenso
     out = torch.zeros_like(problem.q[0])
     for p, (_, _, v_at) in zip(phases, problem.phase_map, strict=True):
         values = problem.v[v_at].repeat_interleave(H // G, dim=1)
-        for weight, value in zip(p.split(block or S, 3), values.split(block or S, 2), strict=True):
-            out = out + weight @ value
+        block = S
+        if rounding is not None:
+            block, order = _BLOCK, torch.randperm(S, generator=rounding).to(p.device)
+            p, values = p[..., order], values[:, :, order]
+        for weight, value in zip(p.split(block, 3), values.split(block, 2), strict=True):
+            out = out + _product(weight, value)
     return out, lse
 
 
@@ -178,14 +183,14 @@ def recomputed_gradients(
     delta_i = sum_d dout_i out_i - dlse_i;  ds_ij = p_ij (drop'(dout_i . v_j) - delta_i);  dsink = -sum p_sink delta.
 
     In a narrow dtype they round where any such kernel must: out once, and both sides of the difference in ds, which
-    cancel where a row sees one key. `rounding` draws which way out rounds, after a sum by blocks; None takes it as it
+    cancel where a row sees one key. `rounding` draws which way out rounds, and how it is summed; None takes it as it
     comes.
 
     Source: Dao 2023 (FlashAttention-2), algorithm 2.
     """
     B, H, G, T, S, _ = problem.sizes
     with torch.no_grad():
-        out, lse = attention(problem, None if rounding is None else _BLOCK)
+        out, lse = attention(problem, rounding)
         phases, _ = weights(problem)
         if rounding is not None:
             half = torch.finfo(out.dtype).eps / 2

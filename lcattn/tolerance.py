@@ -211,9 +211,9 @@ def _eager_again(
 ) -> dict[str, Tensor]:
     """The eager results once more, by a computation that differs in nothing but how it rounds.
 
-    Features stand in another order, and `out` rounds either way. In float32, where kernels fold scale and log2(e) into
-    the queries and so hold scores 1.44 times as large, a factor is folded in here, and scores of that size come from a
-    constant added to all of them, which no weight notices.
+    Features and keys stand in another order, and `out` rounds either way. In float32, where kernels fold scale and
+    log2(e) into the queries and so hold scores 1.44 times as large, a factor is folded in here, and scores of that size
+    come from a constant added to all of them, which no weight notices.
     """
     D = problem.q[0].shape[3]
     qk, v = (torch.randperm(D, generator=draw) for _ in range(2))
@@ -248,6 +248,7 @@ def _eager_again(
         functools.partial(reference.recomputed_gradients, rounding=draw),
         None if dout is None else dout[..., v],
         dlse,
+        draw,
     )
     again["lse"] = again["lse"] - shift
     for name, t in again.items():
@@ -289,11 +290,15 @@ def verify(problem: Problem, backend: str, dout: Tensor | None = None, dlse: Ten
 
 
 def _dense(
-    problem: Problem, differentiate: Callable[..., Gradients], dout: Tensor | None, dlse: Tensor | None
+    problem: Problem,
+    differentiate: Callable[..., Gradients],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    rounding: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """The reference's results in the problem's dtype."""
     with torch.no_grad():
-        out, lse = reference.attention(problem)
+        out, lse = reference.attention(problem, rounding)
     if dout is None:
         return Results(out, lse, None).named()
     dlse = None if dlse is None else dlse.to(lse.dtype)

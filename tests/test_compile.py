@@ -150,8 +150,9 @@ def check_lengths(
             state = torch.get_rng_state()
             expected = run(f, inputs, parameters)
             torch.set_rng_state(state)
+            # rotary turns are fused only outside compiled graphs, and may round otherwise
             for got, want in zip(run(compiled, inputs, parameters, T), expected, strict=True):
-                torch.testing.assert_close(got, want)
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=3e-5)
 
 
 CHUNKS = (lcattn.Chunked(16) | lcattn.Global(3)) & lcattn.Causal()

@@ -56,7 +56,9 @@ class Turning(ABC):
         if D % 2 or 2 * len(frequency) > D:
             raise ValueError(f"Rotary: the head dim must be even and at least {2 * len(frequency)}, got {D}")
         terms = self.phases() | {"q": self._turned(q, "queries", q_pos, S - T, length)}
-        if T * (H // G) <= _FEW_ROWS and (places := _places_of(self, "keys", k, k_pos, 0)) is not None:
+        # compiled graphs serve all lengths, so they don't ask for this one
+        few = is_unwatched((q, k)) and T * (H // G) <= _FEW_ROWS
+        if few and (places := _places_of(self, "keys", k, k_pos, 0)) is not None:
             table = _table(self.frequencies_of, D, length, places.span, k.device)
             return Terms(**terms, k=(k,) * len(places.rows), turn_table=table, turn_at=places.rows)
         return Terms(**terms, k=self._turned(k, "keys", k_pos, 0, length))
@@ -93,10 +95,7 @@ class _Places(NamedTuple):
 
 
 def _places_of(position: Turning, side: Side, x: Tensor, at: Tensor | None, first: int) -> _Places | None:
-    """For x [B, heads, n, D] at coordinates `at` [B or 1, n], or from `first` on; None where a table would not pay."""
-    # compiled graphs serve all lengths, so they don't ask for this one
-    if not is_unwatched((x,)):
-        return None
+    """For x [B, heads, n, D] at coordinates `at`, or from `first` on; None where a table would be too long."""
     end = first + x.shape[2]
     if at is None and first < 0:
         at = torch.arange(first, end, device=x.device)[None]
