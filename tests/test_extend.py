@@ -378,6 +378,29 @@ def test_a_layout_beside_it() -> None:
     assert not torch.allclose(everything, before, atol=1e-3)
 
 
+@pytest.mark.parametrize("T", [2, 40])
+@pytest.mark.parametrize("name", [*METHODS, "rotary"])
+def test_attention_factor_multiplies_scores_by_its_square(name: str, T: int) -> None:
+    """Scores of all phases, of turned keys and of those left as they are."""
+    position: Any = METHODS[name][0]() if name in METHODS else ROTARY
+    sharp = dataclasses.replace(ROTARY, attention_factor=1.3)
+    sharper = sharp if name == "rotary" else dataclasses.replace(position, rotary=sharp)
+    q, k, v = (torch.randn(1, h, n, 16) for h, n in ((4, T), (2, 70), (2, 70)))
+    got = lcattn.attention(q, k, v, layout=lcattn.Causal(), position=sharper)
+    want = lcattn.attention(q, k, v, layout=lcattn.Causal(), position=position, scale=1.3**2 / 4)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_factor_of_a_model_leaves_windows_as_they_are() -> None:
+    model, ids = make("gemma3"), torch.randint(3, 90, (1, 60))
+    plain = hf.extend(model, 90, "self_extend", **OPTIONS["self_extend"])(ids).logits
+    sharp = hf.extend(model, 90, "self_extend", **OPTIONS["self_extend"], attention_factor=1.3)(ids).logits
+    assert not torch.allclose(plain, sharp, atol=1e-3)
+    local, full = (layer.self_attn.__dict__["_lcattn"].position[0] for layer in model.model.layers)
+    assert local.attention_factor == 1 and full.rotary.attention_factor == 1.3
+    torch.testing.assert_close(hf.extend(model, 90, "self_extend", **OPTIONS["self_extend"])(ids).logits, plain)
+
+
 def test_bad_input_leaves_the_model_as_it_was() -> None:
     model = make("llama")
     ids = torch.randint(3, 90, (1, 30))
@@ -389,6 +412,9 @@ def test_bad_input_leaves_the_model_as_it_was() -> None:
         ("local must be at most chunk", lambda: hf.extend(model, 100, "dual_chunk", chunk=3, local=9)),
         ("chunk must be an integer", lambda: hf.extend(model, 100, "dual_chunk", chunk=0, local=1)),
         ("method: expected one of", lambda: hf.extend(model, 100, "magic")),
+        ("attention_factor: expected", lambda: hf.extend(model, 100, "rerope", window=16, attention_factor=0)),
+        ("options: yarn takes factor, got attention", lambda: hf.extend(model, 100, "yarn", attention_factor=1.1)),
+        ("Rotary: attention_factor must be", lambda: lcattn.Rotary(attention_factor=math.inf)),
         ("options: rerope takes window, got group", lambda: hf.extend(model, 100, "rerope", group=3)),
         ("to must be an integer", lambda: hf.extend(model, 0)),
         ("factor: expected", lambda: hf.extend(model, 100, "yarn", factor=0.5)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,9 @@ def extend(model: Any, to: int, method: str = "dual_chunk", layout: Layout | Non
         rerope        window (trained / 2)                               lcattn.ReRoPE
         linear, dynamic, yarn     factor (to / trained)                  transformers' rope_parameters
 
+    The first three also take attention_factor (1): scores are multiplied by its square, so that attention over many
+    more keys than in training stays as sharp. YaRN's is 0.1 ln(to / trained) + 1.
+
     For the first three the model's own rotary becomes the identity, caches hold keys as they are, and the operator
     turns queries and keys; layers with a sliding window of their own keep their positions. Attention runs on lcattn as
     after `convert`, or, if a layout is given, as after `use`. `use(model, None)` restores the model. A short text is
@@ -57,8 +61,10 @@ def extend(model: Any, to: int, method: str = "dual_chunk", layout: Layout | Non
     use(model, None)
     rotaries = _rotaries(model)
     trained = trained_length(next(iter(rotaries.values())).config)
+    options = dict(options)
+    sharper = _attention_factor(options) if method in _REMAPS else 1.0
     make = _remap(method, to, trained, options) if method in _REMAPS else None
-    factor = _factor(to, trained, options) if make is None else 1.0
+    factor = _factor(method, to, trained, options) if make is None else 1.0
     # so short that every method reads it as the model itself does
     n_probe = min(64, trained)
     if make is not None:
@@ -73,21 +79,38 @@ def extend(model: Any, to: int, method: str = "dual_chunk", layout: Layout | Non
                 undo.append(_replace(model, name, _scaled(rotary, method, factor, trained)))
             else:
                 undo.append(rotary.register_forward_hook(_identity))
-        for module in self_attentions(model):
-            position: tuple[Turning, ...] = ()
-            if make is not None and getattr(module, "use_rope", True):
-                own = Rotary(rope_parameters=_parameters(module))
-                local = getattr(module, "sliding_window", None) is not None
-                position = (own if local else make(own, not getattr(module, "is_causal", True)),)
-            module.__dict__["_lcattn"] = Conversion(layout, position, tuned_prefix(model))
+        _put_on(model, make, layout, 1.0)
         if make is not None and before is not None:
             _compare(before, _probe(model, n_probe), model)
+        if sharper != 1:
+            _put_on(model, make, layout, sharper)
         for config in {id(r.config): r.config for r in rotaries.values()}.values():
             undo.append(_Set(config, "max_position_embeddings", max(to, config.max_position_embeddings)))
     except BaseException:
         use(model, None)
         raise
     return model
+
+
+def _put_on(
+    model: Any, make: Callable[[Rotary, bool], Turning] | None, layout: Layout | None, attention_factor: float
+) -> None:
+    """Every attention of the model reads by `make`, or, if that is None, as it is."""
+    for module in self_attentions(model):
+        position: tuple[Turning, ...] = ()
+        if make is not None and getattr(module, "use_rope", True):
+            parameters, local = _parameters(module), getattr(module, "sliding_window", None) is not None
+            own = Rotary(rope_parameters=parameters, attention_factor=1.0 if local else attention_factor)
+            position = (own if local else make(own, not getattr(module, "is_causal", True)),)
+        module.__dict__["_lcattn"] = Conversion(layout, position, tuned_prefix(model))
+
+
+def _attention_factor(options: dict[str, Any]) -> float:
+    """Taken out of the options."""
+    given = options.pop("attention_factor", 1.0)
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < math.inf:
+        raise ValueError(f"attention_factor: expected a positive number, got {given!r}")
+    return float(given)
 
 
 def _remap(method: str, to: int, trained: int, options: dict[str, Any]) -> Callable[[Rotary, bool], Turning]:
@@ -119,10 +142,10 @@ def _remap(method: str, to: int, trained: int, options: dict[str, Any]) -> Calla
     return lambda rotary, two_sided: kind(**values, rotary=rotary, two_sided=two_sided)
 
 
-def _factor(to: int, trained: int, options: dict[str, Any]) -> float:
+def _factor(method: str, to: int, trained: int, options: dict[str, Any]) -> float:
     given = dict(options)
     factor = float(given.pop("factor", max(1.0, to / trained)))
-    _check_none_left("scaling", given, ("factor",))
+    _check_none_left(method, given, ("factor",))
     if not factor >= 1:
         raise ValueError(f"factor: expected a number of at least 1, got {factor}")
     return factor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,6 +56,8 @@ class Turning(ABC):
         frequency, _ = self.frequencies_of.frequencies(D, length, q.device)
         if D % 2 or 2 * len(frequency) > D:
             raise ValueError(f"Rotary: the head dim must be even and at least {2 * len(frequency)}, got {D}")
+        if self.frequencies_of.attention_factor != 1:
+            q = q * self.frequencies_of.attention_factor**2
         terms = self.phases() | {"q": self._turned(q, "queries", q_pos, S - T, length)}
         # compiled graphs serve all lengths, so they don't ask for this one
         few = is_unwatched((q, k)) and T * (H // G) <= _FEW_ROWS
@@ -139,17 +142,22 @@ class Rotary(Turning):
         base: of the frequencies.
         rope_parameters: transformers' dictionary (rope_type default, linear, dynamic, yarn, longrope, llama3, with
             rope_theta and, where the type needs it, max_position_embeddings) instead of base.
+        attention_factor: scores are multiplied by its square (queries are), besides what rope_parameters ask for: above
+            1 it makes attention sharper, which many more keys than in training blur.
 
-    Source: Su et al. 2021 (RoFormer), equation 34.
+    Source: Su et al. 2021 (RoFormer), equation 34; attention_factor: Peng et al. 2023 (YaRN), section 3.4.
     """
 
     base: float = 10000.0
     rope_parameters: Mapping[str, Any] | None = field(default=None, hash=False)
+    attention_factor: float = 1.0
     absolute = False
 
     def __post_init__(self) -> None:
         if not self.base > 0:
             raise ValueError(f"Rotary: base must be positive, got {self.base}")
+        if not 0 < self.attention_factor < math.inf:
+            raise ValueError(f"Rotary: attention_factor must be positive and finite, got {self.attention_factor}")
         if self.rope_parameters is not None:
             object.__setattr__(self, "rope_parameters", dict(self.rope_parameters))
 
