@@ -52,17 +52,18 @@ class Turning(ABC):
     def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
         H, T, D = q.shape[1:]
         G, S = k.shape[1:3]
-        length = self.frequencies_of.that_matters(self.reach(S))
-        frequency, _ = self.frequencies_of.frequencies(D, length, q.device)
+        rotary = self.frequencies_of
+        length = rotary.that_matters(self.reach(S))
+        frequency, _ = rotary.frequencies(D, length, q.device)
         if D % 2 or 2 * len(frequency) > D:
             raise ValueError(f"Rotary: the head dim must be even and at least {2 * len(frequency)}, got {D}")
-        if self.frequencies_of.attention_factor != 1:
-            q = q * self.frequencies_of.attention_factor**2
+        if rotary.attention_factor != 1:
+            q = q * rotary.attention_factor**2
         terms = self.phases() | {"q": self._turned(q, "queries", q_pos, S - T, length)}
         # compiled graphs serve all lengths, so they don't ask for this one
         few = is_unwatched((q, k)) and T * (H // G) <= _FEW_ROWS
         if few and (places := _places_of(self, "keys", k, k_pos, 0)) is not None:
-            table = _table(self.frequencies_of, D, length, places.span, k.device)
+            table = _table(rotary, D, length, places.span, k.device)
             return Terms(**terms, k=(k,) * len(places.rows), turn_table=table, turn_at=places.rows)
         return Terms(**terms, k=self._turned(k, "keys", k_pos, 0, length))
 
@@ -111,7 +112,7 @@ def _places_of(position: Turning, side: Side, x: Tensor, at: Tensor | None, firs
 
 
 def _places(position: Turning, side: Side, at: Tensor) -> _Places:
-    ways = position.queries(at) if side == "queries" else position.keys(at)
+    ways = getattr(position, side)(at)
     given = torch.stack(torch.broadcast_tensors(*(to for to in ways if to is not None)))
     low, high = int(given.min()), int(given.max())
     # a padded row's keys may stand before its first
