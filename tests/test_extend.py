@@ -415,6 +415,7 @@ def test_bad_input_leaves_the_model_as_it_was() -> None:
         ("attention_factor: expected", lambda: hf.extend(model, 100, "rerope", window=16, attention_factor=0)),
         ("options: yarn takes factor, got attention", lambda: hf.extend(model, 100, "yarn", attention_factor=1.1)),
         ("Rotary: attention_factor must be", lambda: lcattn.Rotary(attention_factor=math.inf)),
+        ("Rotary: attention_factor must be", lambda: lcattn.Rotary(attention_factor="1.07")),
         ("options: rerope takes window, got group", lambda: hf.extend(model, 100, "rerope", group=3)),
         ("to must be an integer", lambda: hf.extend(model, 0)),
         ("factor: expected", lambda: hf.extend(model, 100, "yarn", factor=0.5)),

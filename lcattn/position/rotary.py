@@ -157,8 +157,8 @@ class Rotary(Turning):
     def __post_init__(self) -> None:
         if not self.base > 0:
             raise ValueError(f"Rotary: base must be positive, got {self.base}")
-        if not 0 < self.attention_factor < math.inf:
-            raise ValueError(f"Rotary: attention_factor must be positive and finite, got {self.attention_factor}")
+        if not isinstance(self.attention_factor, (int, float)) or not 0 < self.attention_factor < math.inf:
+            raise ValueError(f"Rotary: attention_factor must be a positive number, got {self.attention_factor!r}")
         if self.rope_parameters is not None:
             object.__setattr__(self, "rope_parameters", dict(self.rope_parameters))
 
