@@ -241,11 +241,11 @@ class Task {
     }
     terms_.set_queries(b_, h, static_cast<int>(phase), query, rows);
 
-    const bool plain = content_only_ && terms_.only_strip();
-    const bool whole = plain && tile_bits < 0 && seen_keys_ == ~uint64_t{0};
-    if (whole) {
+    const bool whole = content_only_ && tile_bits < 0 && seen_keys_ == ~uint64_t{0};
+    if (whole && whole_rows_ != rows) {
       whole_.fill(rows);
-    } else {
+      whole_rows_ = rows;
+    } else if (!whole) {
       find_mask(tile_bits, (p_.row_start + query) % kBlock, rows);
     }
     if (whole || mask_.any) {
@@ -258,10 +258,10 @@ class Task {
       tile.minus_lse = minus_lse, tile.minus_delta = minus_lse + kBlock;
       tile.minus_rest = minus_lse + 2 * kBlock;
       tile.visible = whole ? &whole_ : &mask_;
-      if (plain) {
+      if (content_only_) {
         fast_scores(tile, whole);
       } else {
-        slow_.run(tile, terms_, p_tile_, ds_tile_);
+        slow_.run(tile, terms_.sum(), p_tile_, ds_tile_);
       }
       content_gradients(tile, dq);
       if (want_offsets_) offset_gradients(tile, head, dqr);
@@ -271,14 +271,14 @@ class Task {
   }
 
   void fast_scores(const Tile& t, bool whole) {
-    const float* strip = terms_.strip() + (kBlock - 1);
+    const TermTile terms = terms_.sum();
     if (whole) {
-      probabilities<false>(t.q, packed_k_, p_.D, t.rows, whole_, t.minus_lse, t.minus_rest, strip,
+      probabilities<false>(t.q, packed_k_, p_.D, t.rows, whole_, t.minus_lse, t.minus_rest, terms,
                            p_tile_);
       score_gradients<false>(t.dout, packed_v_, p_.D, t.rows, whole_, t.minus_delta, p_tile_,
                              ds_tile_);
     } else {
-      probabilities<true>(t.q, packed_k_, p_.D, t.rows, mask_, t.minus_lse, t.minus_rest, strip,
+      probabilities<true>(t.q, packed_k_, p_.D, t.rows, mask_, t.minus_lse, t.minus_rest, terms,
                           p_tile_);
       score_gradients<true>(t.dout, packed_v_, p_.D, t.rows, mask_, t.minus_delta, p_tile_,
                             ds_tile_);
@@ -359,6 +359,7 @@ class Task {
   // what mask_ was read from
   int64_t mask_tile_ = 0, mask_shift_ = 0, mask_rows_ = 0;
   uint64_t mask_keys_ = 0;
+  int64_t whole_rows_ = 0;
 };
 
 }  // namespace lcattn::cpu::LCATTN_ISA

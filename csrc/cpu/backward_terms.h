@@ -1,6 +1,6 @@
-// The tile with every term of the formula, and the gradients of relative keys and queries.
+// The tile with softcap and dropout, and the gradients of relative keys and queries.
 //
-// The slower path, for softcap, dropout, relative terms, and coordinates that do not step by one:
+// The slower path, for softcap and dropout:
 //
 //   s  = all terms of the score in units of log2, capped if there is a softcap
 //   p  = 2^(s - lse),   dropped = keep p / (1 - dropout)
@@ -79,9 +79,8 @@ class SlowTile {
   }
 
   // ds, and in p what dv is made of; p is dropped in place once ds is known
-  void run(const Tile& tile, ScoreTerms<false>& terms, float* p, float* ds) {
+  void run(const Tile& tile, TermTile terms, float* p, float* ds) {
     plain_product(tile.q, tile.packed_k, p_.D, tile.rows, *tile.visible, scores_);
-    terms.add(scores_);
     plain_product(tile.dout, tile.packed_v, p_.D, tile.rows, *tile.visible, ds);
     BitTile kept;
     if (p_.dropout > 0.0f) {
@@ -94,7 +93,7 @@ class SlowTile {
     for (int64_t r = 0; r < tile.rows; ++r) {
       for (int64_t j = 0; j < kBlock; j += kWidth) {
         const int64_t at = r * kBlock + j;
-        Vec score = load(scores_ + at), slope = one;
+        Vec score = load(scores_ + at) + terms.at(r, j), slope = one;
         if (cap > 0.0f) {
           score = soft_cap(score, cap);
           const Vec share = score * broadcast(1.0f / cap);
@@ -110,7 +109,8 @@ class SlowTile {
           dprob = zero_unless(keep, dprob * keep_factor);
         }
         store(p + at, dropped);
-        store(ds + at, prob * (dprob + broadcast(tile.minus_delta[r])) * slope);
+        dprob = dprob + broadcast(tile.minus_delta[r]);
+        store(ds + at, zero_unless(seen, prob * dprob * slope));
       }
     }
   }

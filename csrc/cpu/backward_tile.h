@@ -1,11 +1,11 @@
 // The five products of one query tile against one key block.
 //
-//   P  = 2^(Q2 K^T + bias - lse)              [queries x keys], 0 where not visible
+//   P  = 2^(Q2 K^T + terms - lse)             [queries x keys], 0 where not visible
 //   dS = P (dO V^T - delta)                   [queries x keys]
 //   dV += P^T dO    dK += dS^T Q2             [keys x D], dK still in units of log2
 //   dQ += dS K                                [queries x D], still without scale
 //
-// Q2 = log2(e) scale Q, bias and lse in units of log2, all rounded as in the forward pass: a key
+// Q2 = log2(e) scale Q, terms and lse in units of log2, all rounded as in the forward pass: a key
 // that has all the weight gets p = 1 exactly, however large its score.
 //
 // The exponential and the product with P happen on finished accumulators, in registers. Nothing of
@@ -16,6 +16,7 @@
 
 #include "load.h"
 #include "mask.h"
+#include "scores.h"
 
 namespace lcattn::cpu::LCATTN_ISA {
 
@@ -54,9 +55,10 @@ struct Visibility {
     find_extents(transposed, queries_of);
   }
 
-  // everything in rows x kBlock; the bits are not used
+  // everything in rows x kBlock
   void fill(int64_t rows) {
     any = true;
+    for (int64_t r = 0; r < kBlock; ++r) bits.row[r] = r < rows ? ~uint64_t{0} : 0;
     for (int strip = 0; strip < kStrips; ++strip) {
       keys_of[strip] = {0, kBlock};
       queries_of[strip] = {0, static_cast<uint8_t>(rows)};
@@ -68,7 +70,7 @@ template <bool kMasked>
 struct FinishProbabilities {
   const float* minus_lse;
   const float* minus_rest;
-  const float* strip;
+  TermTile terms;
   const uint64_t* bits;
   float* p;
 
@@ -81,7 +83,7 @@ struct FinishProbabilities {
       for (int c = 0; c < C; ++c) {
         const int64_t key = (vector + c) * kWidth;
         // the score first, rounded as in the forward pass
-        const Vec score = acc.at[r][c] + load(strip + key - (row + r));
+        const Vec score = acc.at[r][c] + terms.at(row + r, key);
         Vec value = exp2(score + shift + rest);
         if constexpr (kMasked) {
           const uint32_t lanes = static_cast<uint32_t>(bits[row + r] >> key) & ((1u << kWidth) - 1);
@@ -138,15 +140,14 @@ LCATTN_INLINE void square_product(Rows a, const float* packed, int64_t depth, in
   }
 }
 
-// strip: bias and slope by diagonal, strip[key - query]
 template <bool kMasked>
 __attribute__((noinline)) void probabilities(Rows q, const float* packed_k, int64_t dim,
                                              int64_t rows, const Visibility& visible,
                                              const float* minus_lse, const float* minus_rest,
-                                             const float* strip, float* p) {
+                                             TermTile terms, float* p) {
   square_product<kMasked>(
       q, packed_k, dim, rows, visible, p, StartAtZero{},
-      FinishProbabilities<kMasked>{minus_lse, minus_rest, strip, visible.bits.row, p});
+      FinishProbabilities<kMasked>{minus_lse, minus_rest, terms, visible.bits.row, p});
 }
 
 template <bool kMasked>
@@ -158,7 +159,7 @@ __attribute__((noinline)) void score_gradients(Rows dout, const float* packed_v,
                           FinishScoreGradients{minus_delta, p, ds});
 }
 
-// the product alone, where more terms follow
+// the product alone
 inline void plain_product(Rows a, const float* packed, int64_t dim, int64_t rows,
                           const Visibility& visible, float* tile) {
   square_product<true>(a, packed, dim, rows, visible, tile, StartAtZero{},

@@ -237,7 +237,13 @@ class DecodeTile {
     terms_.set_keys(unit_->b, unit_->g, phase, key, n_k);
     for (int64_t n = 0; n < unit_->n_heads; ++n) {
       terms_.set_queries(unit_->b, unit_->head + n, phase, unit_->query, unit_->n_queries);
-      terms_.add(scores_ + n * unit_->n_queries * kBlock);
+      const TermTile terms = terms_.sum();
+      for (int64_t q = 0; q < unit_->n_queries; ++q) {
+        float* at = scores_ + (n * unit_->n_queries + q) * kBlock;
+        for (int64_t lane = 0; lane < n_k; lane += kWidth) {
+          store(at + lane, load(at + lane) + terms.at(q, lane));
+        }
+      }
     }
   }
 

@@ -11,9 +11,8 @@
 //
 // row_max is a reference, not the maximum: while no exponential of a tile exceeds kLargest,
 // exponents are taken in the epilogue of K Q^T and nothing is rescaled. A tile that does, the first
-// tile of a row, and terms beyond bias and slope on unit steps take the slower way, which stores
-// the scores first. In masked tiles, register blocks that no query sees are skipped, in both
-// products.
+// tile of a row, and capped scores take the slower way, which stores the scores first. In masked
+// tiles, register blocks that no query sees are skipped, in both products.
 #pragma once
 
 #include "dropout.h"
@@ -57,7 +56,7 @@ struct TileMask {
 
 template <bool kMasked>
 struct Exponentials {
-  const float* strip;
+  TermTile terms;
   const float* row_max;
   const BitTile* by_key;
   float* tile_sum;
@@ -73,7 +72,7 @@ struct Exponentials {
       Vec sum = zero();
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const Vec score = acc.at[r][c] + load(strip + (kBlock - 1) - (row + r) + lane);
+        const Vec score = acc.at[r][c] + terms.at(row + r, lane);
         Vec value = exp2(score - reference);
         if constexpr (kMasked) {
           const uint64_t bits = by_key->row[row + r] >> lane;
@@ -157,9 +156,10 @@ class ForwardTile {
     terms_.set_keys(row_->block.b, row_->block.g, phase, key, n_k);
     const Rows keys = keys_.rows_of(p_.k[p_.k_of[phase]], p_.dtype, row_->block.b, row_->block.g,
                                     key, n_k, p_.D, false);
-    const bool simple = terms_.only_strip() && p_.softcap == 0.0f;
-    if (!(simple && row_->all_started && exponentials(keys, n_k, mask))) {
-      exponentials_after_scores(keys, n_k, mask);
+    const TermTile terms = terms_.sum();
+    const bool simple = p_.softcap == 0.0f && row_->all_started;
+    if (!(simple && exponentials(keys, n_k, mask, terms))) {
+      exponentials_after_scores(keys, n_k, mask, terms);
     }
     if (p_.dropout > 0.0f) drop(key, n_k);
     const Rows values = values_.rows_of(p_.v[p_.v_of[phase]], p_.dtype, row_->block.b,
@@ -246,8 +246,8 @@ class ForwardTile {
 
   template <bool kMasked>
   __attribute__((noinline)) void exponentials_of(Rows keys, int64_t n_k, const TileMask* mask,
-                                                 const float* strip) {
-    const Exponentials<kMasked> finish = {strip, row_->row_max, kMasked ? &mask->by_key : nullptr,
+                                                 TermTile terms) {
+    const Exponentials<kMasked> finish = {terms, row_->row_max, kMasked ? &mask->by_key : nullptr,
                                           tile_sum_, tile_};
     scores(keys, n_k, kMasked ? mask : nullptr, finish,
            [this](int64_t row, int64_t rows, int64_t first, int64_t end) {
@@ -258,13 +258,12 @@ class ForwardTile {
   }
 
   // false, with nothing changed, if an exponential was too large
-  bool exponentials(Rows keys, int64_t n_k, const TileMask* mask) {
+  bool exponentials(Rows keys, int64_t n_k, const TileMask* mask, TermTile terms) {
     for (int64_t v = 0; v < vectors_; ++v) store(tile_sum_ + v * kWidth, zero());
-    const float* strip = terms_.strip();
     if (mask == nullptr) {
-      exponentials_of<false>(keys, n_k, mask, strip);
+      exponentials_of<false>(keys, n_k, mask, terms);
     } else {
-      exponentials_of<true>(keys, n_k, mask, strip);
+      exponentials_of<true>(keys, n_k, mask, terms);
     }
     for (int64_t v = 0; v < vectors_; ++v) {
       const uint32_t fine = bits_from_mask(less(load(tile_sum_ + v * kWidth), broadcast(kLargest)));
@@ -279,12 +278,9 @@ class ForwardTile {
   }
 
   __attribute__((noinline)) void exponentials_after_scores(Rows keys, int64_t n_k,
-                                                           const TileMask* mask) {
+                                                           const TileMask* mask, TermTile terms) {
     const Memory tile = {tile_, kBlock};
     scores(keys, n_k, mask, tile.set(), [](int64_t, int64_t, int64_t, int64_t) {});
-    const bool only_strip = terms_.only_strip();
-    const float* strip = only_strip ? terms_.strip() : nullptr;
-    if (!only_strip) terms_.add(tile_);
     const float cap = p_.softcap * kLog2e;
 
     bool all_started = true;
@@ -293,8 +289,7 @@ class ForwardTile {
       const Vec old_max = load(row_->row_max + lane);
       Vec new_max = old_max;
       for (int64_t r = 0; r < n_k; ++r) {
-        Vec score = load(tile_ + r * kBlock + lane);
-        if (strip) score = score + load(strip + (kBlock - 1) - r + lane);
+        Vec score = load(tile_ + r * kBlock + lane) + terms.at(r, lane);
         if (cap > 0.0f) score = soft_cap(score, cap);
         if (mask) {
           const Mask seen = mask_from_bits(static_cast<uint32_t>(mask->by_key.row[r] >> lane));

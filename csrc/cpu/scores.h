@@ -53,6 +53,15 @@ LCATTN_INLINE float dot(const float* a, const float* b, int64_t dim) {
   return total;
 }
 
+// Terms of a tile, of row r and the lanes from l on at data[r * stride + l]: a strip goes by
+// diagonal, with a stride of -1.
+struct TermTile {
+  const float* data;
+  int64_t stride;
+
+  LCATTN_INLINE Vec at(int64_t row, int64_t lane) const { return load(data + row * stride + lane); }
+};
+
 LCATTN_INLINE Vec soft_cap(Vec score, float cap) {
   return broadcast(cap) * tanh(score * broadcast(1.0f / cap));
 }
@@ -61,30 +70,31 @@ template <bool kQueryLanes>
 class ScoreTerms {
  public:
   static int64_t scratch_bytes(const Problem& p) {
-    int64_t bytes = padded<float>(kStrip);
-    if (p.rel_key.data) bytes += padded<float>(kBlock * padded_dim(p.D));
-    if (p.rel_query.data) bytes += padded<float>(kBlock * padded_dim(p.D));
-    if (p.rel_key.data || p.rel_query.data) {
-      bytes += padded<float>(padded_dim(p.D) * kDiagonals) + padded<float>(kTile) +
-               padded<float>(kTileRows * kReach);
+    int64_t bytes = padded<float>(kStrip) + padded<float>(kTerms);
+    for (const OffsetTable* table : {&p.rel_key, &p.rel_query}) {
+      if (table->data == nullptr) continue;
+      bytes += padded<float>(kBlock * padded_dim(p.D)) + padded<float>(padded_dim(p.D) * kColumns) +
+               padded<float>(kTerms);
     }
     return bytes;
   }
 
   // pairwise: no strips, and relative products as one dot product a pair, for tiles of few queries
   ScoreTerms(const Problem& p, float unit, bool pairwise, Scratch& scratch)
-      : p_(p), unit_(unit), pairwise_(pairwise), strip_(scratch.take<float>(kStrip)) {
+      : p_(p),
+        unit_(unit),
+        pairwise_(pairwise),
+        strip_(scratch.take<float>(kStrip)),
+        tile_(scratch.take<float>(kTerms)) {
     relative_ = p.rel_key.data || p.rel_query.data;
     by_offset_ = p.bias.data || p.slope;
     for (int t = 0; t < kStrip; ++t) strip_[t] = 0.0f;
     for (Operand* operand : {&query_, &key_}) {
       if ((operand == &query_ ? p.rel_key : p.rel_query).data == nullptr) continue;
       operand->rows = scratch.take<float>(kBlock * padded_dim(p.D));
+      operand->columns = scratch.take<float>(padded_dim(p.D) * kColumns);
+      square_ = scratch.take<float>(kTerms);
     }
-    if (!relative_) return;
-    diagonals_ = scratch.take<float>(padded_dim(p.D) * kDiagonals);
-    square_ = scratch.take<float>(kTile);
-    reached_ = scratch.take<float>(kTileRows * kReach);
   }
 
   void set_queries(int64_t b, int64_t h, int phase, int64_t query, int64_t n_q) {
@@ -104,10 +114,48 @@ class ScoreTerms {
     key_.set(g, key, n_k);
   }
 
-  bool steps() const { return q_.steps && k_.steps; }
+  // The sum of all terms, to be added to the finished content, so that every pass rounds a score
+  // alike. Lanes past the last hold anything.
+  TermTile sum() {
+    if (!relative_ && (!by_offset_ || by_strip())) return {strip() + kBlock - 1, -1};
+    empty_ = true;
+    if (by_offset_) by_strip() ? put_strip() : put_gathered();
+    if (p_.rel_key.data) add_relative<true>();
+    if (p_.rel_query.data) add_relative<false>();
+    return {tile_ + kSpill, kStride};
+  }
 
-  // the whole of the terms is the strip
-  bool only_strip() const { return !relative_ && (!by_offset_ || steps()); }
+ private:
+  // Offsets that a register tile of rows reaches, to whole vectors; those of the whole tile, with
+  // what the last register tile reaches beyond.
+  static constexpr int kReach = (kBlock + kTileRows - 1 + kWidth - 1) / kWidth * kWidth;
+  static constexpr int kDiagonals = kBlock + kReach;
+  // Rows of a tile of terms stand apart: each takes all that its register tile reaches.
+  static constexpr int kSpill = 16, kStride = kBlock + 2 * kSpill, kTerms = kBlock * kStride;
+  static_assert(kTileRows <= kSpill && kReach <= kBlock + kSpill);
+  // Columns of a table that are kept: an odd number of cache lines, to spread over all sets.
+  static constexpr int kColumns = 85 * 16, kKept = kColumns - 16;
+
+  // rows of qr or kr, and the table's rows as columns, copied when first needed
+  struct Operand {
+    float *rows = nullptr, *columns = nullptr;
+    int64_t head = 0, row = 0, count = 0;
+    bool has_rows = false;
+    // of which table; columns [low, high) stand from columns + low - first on
+    const float* table = nullptr;
+    int64_t first = 0, low = 0, high = 0;
+
+    void set(int64_t new_head, int64_t new_row, int64_t new_count) {
+      head = new_head, row = new_row, count = new_count;
+      has_rows = false;
+    }
+  };
+
+  bool each_coordinate() const { return p_.q_pos || p_.k_pos || pairwise_; }
+  bool steps() const { return q_.steps && k_.steps; }
+  bool by_strip() const { return steps() && !pairwise_; }
+  int64_t n_rows() const { return kQueryLanes ? k_.count : q_.count; }
+  int64_t n_lanes() const { return kQueryLanes ? q_.count : k_.count; }
 
   // Bias and slope by diagonal, for row r and lane l at strip()[kBlock - 1 - r + l]; only where
   // steps(). Zeros without either.
@@ -122,37 +170,6 @@ class ScoreTerms {
     }
     return strip_;
   }
-
-  // scores[row][lane] += all terms
-  void add(float* scores) {
-    if (by_offset_) steps() && !pairwise_ ? add_strip(scores) : add_gathered(scores);
-    if (p_.rel_key.data) add_relative<true>(scores);
-    if (p_.rel_query.data) add_relative<false>(scores);
-  }
-
- private:
-  // Offsets that a register tile of rows reaches, to whole vectors; those of the whole tile, and a
-  // margin for the last register tile.
-  static constexpr int kReach = (kBlock + kTileRows - 1 + kWidth - 1) / kWidth * kWidth;
-  static constexpr int kMargin = kTileRows;
-  static constexpr int kDiagonals =
-      (kMargin + kBlock - kTileRows + kReach + kWidth - 1) / kWidth * kWidth;
-
-  // rows of qr or kr, copied when first needed
-  struct Operand {
-    float* rows = nullptr;
-    int64_t head = 0, row = 0, count = 0;
-    bool has_rows = false;
-
-    void set(int64_t new_head, int64_t new_row, int64_t new_count) {
-      head = new_head, row = new_row, count = new_count;
-      has_rows = false;
-    }
-  };
-
-  bool each_coordinate() const { return p_.q_pos || p_.k_pos || pairwise_; }
-  int64_t n_rows() const { return kQueryLanes ? k_.count : q_.count; }
-  int64_t n_lanes() const { return kQueryLanes ? q_.count : k_.count; }
 
   // unit * (bias + slope |o|); a finite bias stays finite
   LCATTN_INLINE Vec by_offset(IVec offset) const {
@@ -177,14 +194,16 @@ class ScoreTerms {
     return value;
   }
 
-  void add_strip(float* scores) {
-    const float* values = strip();
+  float* tile_at(int64_t row, int64_t lane) const { return tile_ + kSpill + row * kStride + lane; }
+
+  void put_strip() {
+    const TermTile values = {strip() + kBlock - 1, -1};
     for (int64_t r = 0; r < n_rows(); ++r) {
       for (int64_t lane = 0; lane < n_lanes(); lane += kWidth) {
-        float* at = scores + r * kBlock + lane;
-        store(at, load(at) + load(values + kBlock - 1 - r + lane));
+        store(tile_at(r, lane), values.at(r, lane));
       }
     }
+    empty_ = false;
   }
 
   // offsets of a row and the lanes from `lane` on
@@ -193,17 +212,17 @@ class ScoreTerms {
                        : load(k_.at + lane) - broadcast(q_.at[row]);
   }
 
-  void add_gathered(float* scores) {
+  void put_gathered() {
     for (int64_t r = 0; r < n_rows(); ++r) {
       for (int64_t lane = 0; lane < n_lanes(); lane += kWidth) {
-        float* at = scores + r * kBlock + lane;
-        store(at, load(at) + by_offset(offsets(r, lane)));
+        store(tile_at(r, lane), by_offset(offsets(r, lane)));
       }
     }
+    empty_ = false;
   }
 
   template <bool kRelKey>
-  void add_relative(float* scores) {
+  void add_relative() {
     const OffsetTable& table = kRelKey ? p_.rel_key : p_.rel_query;
     const float* rows = table.data + h_ * table.head_stride;
     Operand& operand = kRelKey ? query_ : key_;
@@ -213,24 +232,27 @@ class ScoreTerms {
                 operand.rows, unit_);
       operand.has_rows = true;
     }
-    if (!steps() || pairwise_) {
-      add_pairwise<kRelKey>(table, rows, operand.rows, scores);
+    if (by_strip()) {
+      add_products<kRelKey>(table, rows, operand);
     } else {
-      add_products<kRelKey>(table, rows, operand.rows, scores);
+      add_pairwise<kRelKey>(table, rows, operand.rows);
     }
+    empty_ = false;
   }
 
   template <bool kRelKey>
-  void add_pairwise(const OffsetTable& table, const float* rows, const float* operand,
-                    float* scores) {
+  void add_pairwise(const OffsetTable& table, const float* rows, const float* operand) {
     const int64_t stride = padded_dim(p_.D);
+    for (int64_t r = 0; r < n_rows() && empty_; ++r) {
+      for (int64_t lane = 0; lane < n_lanes(); lane += kWidth) store(tile_at(r, lane), zero());
+    }
     for (int64_t i = 0; i < q_.count; ++i) {
       for (int64_t j = 0; j < k_.count; ++j) {
         const int64_t offset =
             steps() ? k_.first + j - q_.first - i : static_cast<int64_t>(k_.at[j]) - q_.at[i];
         int64_t entry = offset - table.min_offset;
         entry = entry < 0 ? 0 : entry >= table.length ? table.length - 1 : entry;
-        scores[kQueryLanes ? j * kBlock + i : i * kBlock + j] +=
+        *(kQueryLanes ? tile_at(j, i) : tile_at(i, j)) +=
             dot(operand + (kRelKey ? i : j) * stride, rows + entry * p_.D, p_.D);
       }
     }
@@ -238,82 +260,86 @@ class ScoreTerms {
 
   // With a the operand's rows and b the other side's, pairs of one b - a have one entry.
   template <bool kRelKey>
-  void add_products(const OffsetTable& table, const float* rows, const float* operand,
-                    float* scores) {
+  void add_products(const OffsetTable& table, const float* rows, Operand& operand) {
     constexpr bool kTransposed = kRelKey == kQueryLanes;
     const int64_t n_a = kRelKey ? q_.count : k_.count, n_b = kRelKey ? k_.count : q_.count;
     const int64_t stride = padded_dim(p_.D), step = kRelKey ? 1 : -1;
     const int64_t entry = k_.first - q_.first - table.min_offset;  // of a = b
-    set_diagonals(table, rows, entry, step);
+    const float* diagonals = columns_of(table, rows, entry, step, operand);
+    float* to = kTransposed ? square_ : tile_;
     for (int64_t a = 0; a < n_a; a += kTileRows) {
       const int64_t count = n_a - a < kTileRows ? n_a - a : kTileRows;
-      // from the offset of the last row and b = 0 on
-      const float* reached = diagonals_ + kMargin + kBlock - kTileRows - a;
-      product(AlongDepth{operand + a * stride, stride}, Rows{reached, kDiagonals}, p_.D, 0, count,
-              0, kReach / kWidth, StartAtZero{}, Memory{reached_, kReach}.set());
-      for (int64_t r = 0; r < count; ++r) {
-        const float* from = reached_ + r * kReach + kTileRows - 1 - r;
-        float* to = (kTransposed ? square_ : scores) + (a + r) * kBlock;
-        for (int64_t b = 0; b < n_b; b += kWidth) {
-          store(to + b, kTransposed ? load(from + b) : load(to + b) + load(from + b));
-        }
+      // from the offset of the last row and b = 0 on; each row is one further than the next
+      const Rows reached = {diagonals + kBlock - a, kColumns};
+      const Memory out = {to + kSpill + a * kStride - (kTileRows - 1), kStride + 1};
+      const AlongDepth left = {operand.rows + a * stride, stride};
+      if (kTransposed || empty_) {
+        product(left, reached, p_.D, 0, count, 0, kReach / kWidth, StartAtZero{}, out.set());
+      } else {
+        product(left, reached, p_.D, 0, count, 0, kReach / kWidth, StartAtZero{}, out.add());
       }
     }
-    if (kTransposed) add_transposed(square_, n_a, n_b, scores);
+    if (kTransposed) add_transposed(n_a, n_b);
   }
 
-  // diagonals_[d][kMargin + t] = table[clamp(entry + step (t - 63))][d], t = b - a + 63
-  void set_diagonals(const OffsetTable& table, const float* rows, int64_t entry, int64_t step) {
-    const auto row_of = [&](int64_t t) {
-      const int64_t at = entry + step * (t - (kBlock - 1));
-      return rows + (at < 0 ? 0 : at < table.length ? at : table.length - 1) * p_.D;
-    };
-    // neighbouring tiles have most diagonals in common
-    const bool same = rows == diagonals_of_ && step == diagonals_step_;
-    const int64_t moved = same ? step * (entry - diagonals_entry_) : kDiagonals;
-    diagonals_of_ = rows, diagonals_step_ = step, diagonals_entry_ = entry;
-    if (moved == 0) return;
-    int64_t fill = 0, end = kDiagonals;
-    if (moved == kBlock || moved == -kBlock) {
-      constexpr int64_t kKept = kDiagonals - kBlock;
-      const int64_t kept = moved > 0 ? 0 : kBlock;
-      for (int64_t d = 0; d < p_.D; ++d) {
-        float* at = diagonals_ + d * kDiagonals;
-        std::memmove(at + kept, at + kBlock - kept, sizeof(float) * kKept);
-      }
-      moved > 0 ? fill = kKept : end = kBlock;
+  // the table's rows as columns, by b - a, from 1 - kBlock - kTileRows on
+  const float* columns_of(const OffsetTable& table, const float* rows, int64_t entry, int64_t step,
+                          Operand& kept) {
+    // Column x holds row clamp(step x). Past either end of the table all columns are alike.
+    const int64_t end = table.length - 1;
+    const int64_t low = (step > 0 ? 0 : -end) - kDiagonals, high = step > 0 ? end : 0;
+    int64_t from = step * entry + 1 - kBlock - kTileRows;
+    from = from < low ? low : from > high ? high : from;
+    const bool inside = from >= kept.first && from + kDiagonals + kWidth <= kept.first + kKept;
+    if (kept.table != rows || !inside) {
+      const bool all = high + kDiagonals + kWidth <= low + kKept;
+      kept.table = rows;
+      kept.first = all ? low : from - (kKept - kDiagonals) / 2;
+      kept.low = kept.high = kept.first + (from - kept.first) / kWidth * kWidth;
+    }
+    for (; kept.low > from; kept.low -= kWidth) {
+      put_columns(rows, kept.low - kWidth, step, end, kept);
+    }
+    for (; kept.high < from + kDiagonals; kept.high += kWidth) {
+      put_columns(rows, kept.high, step, end, kept);
+    }
+    return kept.columns + (from - kept.first);
+  }
+
+  // columns [x, x + kWidth)
+  void put_columns(const float* rows, int64_t x, int64_t step, int64_t end, const Operand& kept) {
+    float* to = kept.columns + (x - kept.first);
+    const float* from[kWidth];
+    for (int i = 0; i < kWidth; ++i) {
+      const int64_t row = step * (x + i);
+      from[i] = rows + (row < 0 ? 0 : row < end ? row : end) * p_.D;
     }
     const int64_t whole = p_.D / kWidth * kWidth;
-    for (int64_t first = fill; first < end; first += kWidth) {
-      const float* from[kWidth];
-      for (int i = 0; i < kWidth; ++i) from[i] = row_of(first + i - kMargin);
-      for (int64_t d = 0; d < whole; d += kWidth) {
-        Vec square[kWidth];
+    for (int64_t d = 0; d < whole; d += kWidth) {
+      Vec square[kWidth];
 #pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) square[i] = load(from[i] + d);
-        transpose(square);
+      for (int i = 0; i < kWidth; ++i) square[i] = load(from[i] + d);
+      transpose(square);
 #pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i)
-          store(diagonals_ + (d + i) * kDiagonals + first, square[i]);
-      }
-      for (int64_t d = whole; d < p_.D; ++d) {
-        for (int i = 0; i < kWidth; ++i) diagonals_[d * kDiagonals + first + i] = from[i][d];
-      }
+      for (int i = 0; i < kWidth; ++i) store(to + (d + i) * kColumns, square[i]);
+    }
+    for (int64_t d = whole; d < p_.D; ++d) {
+      for (int i = 0; i < kWidth; ++i) to[d * kColumns + i] = from[i][d];
     }
   }
 
-  // scores[b][a] += square[a][b]
-  static void add_transposed(const float* square, int64_t n_a, int64_t n_b, float* scores) {
+  // tile_[b][a] += square_[a][b]
+  void add_transposed(int64_t n_a, int64_t n_b) {
     for (int64_t a = 0; a < n_a; a += kWidth) {
       for (int64_t b = 0; b < n_b; b += kWidth) {
         Vec part[kWidth];
 #pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) part[i] = load(square + (a + i) * kBlock + b);
+        for (int i = 0; i < kWidth; ++i) part[i] = load(square_ + kSpill + (a + i) * kStride + b);
         transpose(part);
 #pragma GCC unroll 16
         for (int i = 0; i < kWidth; ++i) {
-          float* at = scores + (b + i) * kBlock + a;
-          store(at, load(at) + part[i]);
+          float* at = tile_at(b + i, a);
+          store(at, empty_ ? part[i] : load(at) + part[i]);
         }
       }
     }
@@ -322,12 +348,12 @@ class ScoreTerms {
   const Problem& p_;
   const float unit_;
   const bool pairwise_;
-  float* strip_;
-  // whose diagonals these are: the head's table, and how they go through it
-  const float* diagonals_of_ = nullptr;
-  int64_t diagonals_step_ = 0, diagonals_entry_ = 0;
-  float *diagonals_ = nullptr, *square_ = nullptr, *reached_ = nullptr;
+  float *strip_, *tile_;
+  // a tile of relative products, a side's rows as rows
+  float* square_ = nullptr;
   bool relative_, by_offset_;
+  // nothing stands in tile_ yet
+  bool empty_ = true;
   int64_t b_ = 0, h_ = 0;
   int phase_ = 0;
   Coordinates q_, k_;
