@@ -108,6 +108,7 @@ FAULTS = {
     11: "out of bounds: 4-byte read of global memory that is not allocated, address 0x8",
     12: r"out of bounds: 4-byte write of global memory \(argument 1\) at byte -4 of 512",
     13: "endless: executed 1000000000 times",
+    14: "uninitialised memory: 8-byte read of local memory at byte 12",
 }
 
 

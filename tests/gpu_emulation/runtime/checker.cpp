@@ -247,12 +247,29 @@ void check_region(const Checked& checked) {
   if (is_write) set_states(checked);
 }
 
-bool is_local(const Thread& thread, uint64_t address, uint32_t bytes) {
-  for (const LocalMemory& local : thread.local) {
+LocalMemory* find_local(Thread& thread, uint64_t address, uint32_t bytes) {
+  for (LocalMemory& local : thread.local) {
     const auto begin = reinterpret_cast<uint64_t>(local.address);
-    if (address >= begin && address + bytes <= begin + local.bytes) return true;
+    if (address >= begin && address + bytes <= begin + local.bytes) return &local;
   }
-  return false;
+  return nullptr;
+}
+
+// nobody else can reach it, so there is no race
+void check_local(Thread& thread, LocalMemory& local, uint64_t address, uint32_t bytes,
+                 const AccessKind& kind, uint32_t site) {
+  if (kind.space != Space::kLocal && kind.space != Space::kGeneric) {
+    fail(thread, site, "%u-byte %s of local memory, by an instruction for another space", bytes,
+         name(kind));
+  }
+  const size_t offset = address - reinterpret_cast<uint64_t>(local.address);
+  for (size_t at = offset; at < offset + bytes; ++at) {
+    if (reads(kind.access) && !local.written[at]) {
+      fail(thread, site, "uninitialised memory: %u-byte %s of local memory at byte %zu", bytes,
+           name(kind), at);
+    }
+    if (writes(kind.access)) local.written[at] = true;
+  }
 }
 
 [[noreturn]] void report_bounds(Thread& thread, const Region& region, uint64_t address,
@@ -269,10 +286,8 @@ void check_access(Thread& thread, uint64_t address, uint32_t bytes, AccessKind k
                   uint32_t site) {
   Region* region = is_in_shared_window(address) ? &shared_region() : find_region(address);
   if (!region) {
-    if (is_local(thread, address, bytes)) {
-      if (kind.space == Space::kLocal || kind.space == Space::kGeneric) return;
-      fail(thread, site, "%u-byte %s of local memory, by an instruction for another space", bytes,
-           name(kind));
+    if (LocalMemory* local = find_local(thread, address, bytes)) {
+      return check_local(thread, *local, address, bytes, kind, site);
     }
     fail(thread, site, "out of bounds: %u-byte %s of %s memory that is not allocated, address %#lx",
          bytes, name(kind), kind.space == Space::kLocal ? "local" : "global",

@@ -207,7 +207,7 @@ struct LocalVariable {
 
   LocalVariable(Thread& owner, char* address, uint32_t bytes) : thread(owner) {
     memset(address, 0xff, bytes);
-    thread.local.push_back({address, bytes});
+    thread.local.push_back({address, bytes, std::vector<bool>(bytes)});
   }
   ~LocalVariable() { thread.local.pop_back(); }
 };

@@ -75,6 +75,8 @@ struct AsyncCopy {
 struct LocalMemory {
   const char* address;
   uint32_t bytes;
+  // for each byte, whether it was ever written
+  std::vector<bool> written;
 };
 
 struct Thread {
