@@ -27,8 +27,7 @@ from .gpu_sass import Instruction, Loop, SassError, by_class
 from .gpu_table import Entry
 from .report import table
 
-# those that setup.py compiles for
-DEFAULT_ARCHITECTURES = (80, 90, 100, 120)
+DEFAULT_ARCHITECTURES = tuple(ARCHITECTURES)
 # figures are given for so many scores, a score being a pair of a query and a key
 SCORES = 1024
 
