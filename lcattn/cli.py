@@ -184,7 +184,3 @@ def _versions() -> None:
         typer.echo(f"{package:16} {found}")
     absent = missing()
     typer.echo(f"lcattn demo      {'ready' if not absent else 'needs ' + ', '.join(absent)}")
-
-
-if __name__ == "__main__":
-    app(prog_name="lcattn")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,13 @@ def _run(*arguments: str) -> Result:
 def test_help(command: tuple[str, ...]) -> None:
     result = _run(*command, "--help")
     assert result.exit_code == 0 and "Usage" in result.output
+
+
+def test_package_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["lcattn", "show", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("lcattn", run_name="__main__")
+    assert stopped.value.code == 0 and "Usage: lcattn show" in capsys.readouterr().out
 
 
 def test_show_draws_and_counts(tmp_path: Path) -> None:
