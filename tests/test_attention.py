@@ -68,7 +68,7 @@ def test_any_thread_count_is_within_the_budget(backend, threads, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("position", ["none", "bias", "t5", "alibi", "rotary"])
+@pytest.mark.parametrize("position", cases.POSITIONS)
 @pytest.mark.parametrize("layout", cases.CAUSAL_LAYOUTS)
 def test_nothing_leaks_from_the_future(backend, layout, position, seed):
     draw = Draw(seed)
@@ -77,20 +77,22 @@ def test_nothing_leaks_from_the_future(backend, layout, position, seed):
     pattern = cases.LAYOUTS[layout](draw, s)
     how = cases.POSITIONS[position](draw, s, q, k, v)
 
-    def outputs(k, v):
+    def outputs(q, k, v):
         return lcattn.attention(q, k, v, layout=pattern, position=how, backend=backend)
 
-    want = outputs(k, v)
+    want = outputs(q, k, v)
     for j in (1, 63, 64, 100, 149):
-        changed_k, changed_v = k.clone(), v.clone()
+        changed_q, changed_k, changed_v = q.clone(), k.clone(), v.clone()
+        changed_q[:, :, j:] *= -2.0
         changed_k[:, :, j:] += 3.0
         changed_v[:, :, j:] = 1e30
-        assert torch.equal(outputs(changed_k, changed_v)[:, :, :j], want[:, :, :j])
+        assert torch.equal(outputs(changed_q, changed_k, changed_v)[:, :, :j], want[:, :, :j])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("position", ["none", "bias", "t5", "alibi", "rotary"])
-@pytest.mark.parametrize("layout", ["causal", "chunked_causal", "chunked_global"])
+# the others hold tensors as long as the text
+@pytest.mark.parametrize("position", sorted(set(cases.POSITIONS) - {"relative_terms", "phases", "phase_values"}))
+@pytest.mark.parametrize("layout", ["causal", "chunked_causal", "chunked_global", "bridge_causal"])
 def test_decoding_token_by_token_equals_prefill(backend, layout, position, seed):
     draw = Draw(seed)
     s = Shape(2, 4, 2, 140, 140, 32)

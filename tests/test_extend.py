@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -208,6 +209,7 @@ DEFINITIONS = {
 KINDS: dict[str, tuple[Any, Any]] = {
     "llama": (tf.LlamaForCausalLM, tf.LlamaConfig(**TINY, num_key_value_heads=2)),
     "qwen3": (tf.Qwen3ForCausalLM, tf.Qwen3Config(**TINY, num_key_value_heads=2, head_dim=16)),
+    "mistral": (tf.MistralForCausalLM, tf.MistralConfig(**TINY, num_key_value_heads=2, sliding_window=24)),
     "phi": (tf.PhiForCausalLM, tf.PhiConfig(**TINY)),
     "gpt_neox": (tf.GPTNeoXForCausalLM, tf.GPTNeoXConfig(**TINY)),
     "gemma3": (
@@ -226,6 +228,9 @@ KINDS: dict[str, tuple[Any, Any]] = {
         tf.ModernBertConfig(**TINY, local_attention=12, cls_token_id=1, sep_token_id=2, global_attn_every_n_layers=2),
     ),
 }
+
+
+SLIDING = {"mistral": 24}
 
 
 def make(name: str) -> Any:
@@ -249,7 +254,8 @@ def use_dense(model: Any, method: str) -> Any:
         T, S = q.shape[2], k.shape[2]
         i, j = torch.arange(T)[:, None], torch.arange(S)
         seen = j <= i if getattr(module, "is_causal", True) else torch.ones(T, S, dtype=torch.bool)
-        window = getattr(module, "sliding_window", None)
+        # some keep it in the config alone
+        window = getattr(module, "sliding_window", SLIDING.get(module.config.model_type))
         if window is not None:
             near = (i - j < window) if getattr(module, "is_causal", True) else (i - j).abs() < window
             seen = seen & near
@@ -405,6 +411,8 @@ def test_bad_input_leaves_the_model_as_it_was() -> None:
     model = make("llama")
     ids = torch.randint(3, 90, (1, 30))
     before = model(ids).logits
+    table = torch.zeros(1, 4, 4)
+    trained = lcattn.Rotary(rope_parameters={"max_position_embeddings": 16})
     for message, call in (
         ("more than the trained 32", lambda: hf.extend(model, 100, "dual_chunk", chunk=30, local=3)),
         ("more than the trained 32", lambda: hf.extend(model, 1000, "self_extend", group=5, window=16)),
@@ -412,13 +420,25 @@ def test_bad_input_leaves_the_model_as_it_was() -> None:
         ("local must be at most chunk", lambda: hf.extend(model, 100, "dual_chunk", chunk=3, local=9)),
         ("chunk must be an integer", lambda: hf.extend(model, 100, "dual_chunk", chunk=0, local=1)),
         ("method: expected one of", lambda: hf.extend(model, 100, "magic")),
-        ("attention_factor: expected", lambda: hf.extend(model, 100, "rerope", window=16, attention_factor=0)),
+        ("attention_factor must be a positive", lambda: hf.extend(model, 100, "rerope", window=16, attention_factor=0)),
         ("options: yarn takes factor, got attention", lambda: hf.extend(model, 100, "yarn", attention_factor=1.1)),
         ("Rotary: attention_factor must be", lambda: lcattn.Rotary(attention_factor=math.inf)),
         ("Rotary: attention_factor must be", lambda: lcattn.Rotary(attention_factor="1.07")),
         ("options: rerope takes window, got group", lambda: hf.extend(model, 100, "rerope", group=3)),
         ("to must be an integer", lambda: hf.extend(model, 0)),
-        ("factor: expected", lambda: hf.extend(model, 100, "yarn", factor=0.5)),
+        ("yarn: factor must be at least 1", lambda: hf.extend(model, 100, "yarn", factor=0.5)),
+        ("yarn: factor must be a positive number, got inf", lambda: hf.extend(model, 100, "yarn", factor=math.inf)),
+        ("chunk must be an integer >= 1, got 'a'", lambda: hf.extend(model, 100, "dual_chunk", chunk="a")),
+        ("local must be less than the trained length, 32", lambda: hf.extend(model, 100, "dual_chunk", local=32)),
+        ("rotary must be a Rotary, got 500.0", lambda: lcattn.DualChunk(8, 4, 500.0)),
+        ("two_sided must be True or False, got 3", lambda: lcattn.ReRoPE(8, two_sided=3)),
+        ("must be at most the trained length, 16", lambda: lcattn.DualChunk(12, 8, trained)),
+        ("min_offset must be an integer of 32 bits", lambda: lcattn.Shaw(table, None)),
+        ("min_offset must be an integer of 32 bits", lambda: lcattn.RelativeBias(table[:, :, 0], 1 << 40)),
+        (
+            "max_offset must be an integer",
+            lambda: lcattn.TransformerXL.sinusoid(table[0], *[table[0, :1]] * 2, 0, None),
+        ),
         ("no rotary positions", lambda: hf.extend(tf.GPT2LMHeadModel(tf.GPT2Config(**GPT2)), 100)),
         ("group must be an integer", lambda: lcattn.SelfExtend(0, 4)),
         ("window must be an integer", lambda: lcattn.ReRoPE(-1)),
@@ -427,7 +447,36 @@ def test_bad_input_leaves_the_model_as_it_was() -> None:
             call()
     with pytest.raises(TypeError, match="expected a layout"):
         hf.extend(model, 100, layout="Full()")
+    with pytest.raises(TypeError, match="expected a transformers model, got NoneType"):
+        hf.extend(None, 100)
+    with pytest.raises(TypeError, match="got the class Shaw"):
+        lcattn.attention(*[torch.zeros(1, 1, 2, 4)] * 3, position=lcattn.Shaw)
     assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("method", ["linear", "dynamic", "yarn"])
+def test_scaled_frequencies_are_not_scaled_again(method: str) -> None:
+    model = make("llama")
+    more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    model.config.rope_parameters |= {"rope_type": "llama3", "factor": 2.0} | more
+    model = type(model)(model.config).eval()
+    ids = torch.randint(3, 90, (1, 30))
+    before = model(ids).logits
+    with pytest.raises(ValueError, match=f"{method} can't scale positions of rope_type 'llama3' again"):
+        hf.extend(model, 100, method)
+    assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("method", ["dual_chunk", "yarn"])
+def test_an_extended_model_is_saved_as_it_was(tmp_path: Path, method: str) -> None:
+    model = make("llama")
+    ids = torch.randint(3, 90, (1, 60))
+    plain = model(ids).logits
+    hf.extend(model, 90, method)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.max_position_embeddings == 32
+    assert torch.equal(loaded(ids).logits, plain)
 
 
 GPT2 = dict(vocab_size=90, n_embd=32, n_layer=1, n_head=2)

@@ -92,6 +92,14 @@ def test_t5_buckets_are_transformers(seed):
         {"rope_type": "default", "rope_theta": 5000.0},
         {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
         {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 128},
+        {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0 + i / 20 for i in range(16)],
+            "long_factor": [2.0 + i / 3 for i in range(16)],
+            "original_max_position_embeddings": 128,
+        },
         {
             "rope_type": "llama3",
             "rope_theta": 10000.0,
@@ -103,12 +111,14 @@ def test_t5_buckets_are_transformers(seed):
     ],
     ids=lambda p: p["rope_type"],
 )
-def test_rotary_is_transformers(parameters, seed):
+@pytest.mark.parametrize("length", [40, 140, 300])
+def test_rotary_is_transformers(parameters, length, seed):
+    """Below and above the original length, and above the largest."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
     draw = Draw(seed)
-    q, k, v = tensors(draw, Shape(2, 2, 2, 40, 40, 32), torch.float32)
+    q, k, v = tensors(draw, Shape(2, 2, 2, length, length, 32), torch.float32)
     config = LlamaConfig(
         hidden_size=64,
         num_attention_heads=2,
@@ -116,13 +126,62 @@ def test_rotary_is_transformers(parameters, seed):
         max_position_embeddings=256,
         rope_parameters=dict(parameters),
     )
-    position = torch.arange(40)[None].expand(2, -1)
+    position = torch.arange(length)[None].expand(2, -1)
     cos, sin = LlamaRotaryEmbedding(config)(q, position)
     want_q, want_k = apply_rotary_pos_emb(q, k, cos, sin)
     given = {**parameters, "max_position_embeddings": 256}
     terms = lcattn.Rotary(rope_parameters=given).lower(q, k, v, None, None)
-    torch.testing.assert_close(terms.q[0], want_q, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(terms.k[0], want_k, rtol=1e-5, atol=1e-5)
+    # the original's angles are float32
+    torch.testing.assert_close(terms.q[0], want_q, rtol=1e-5, atol=1e-6 * length)
+    torch.testing.assert_close(terms.k[0], want_k, rtol=1e-5, atol=1e-6 * length)
+    # a cache with room for more than the text
+    last, roomy = torch.tensor([length - 1]), torch.cat([k, torch.zeros_like(k)], 2)
+    assert torch.equal(
+        lcattn.attention(
+            q[:, :, -1:],
+            roomy,
+            roomy,
+            layout=lcattn.Causal(),
+            position=lcattn.Rotary(rope_parameters=given),
+            q_pos=last,
+        ),
+        lcattn.attention(
+            q[:, :, -1:], k, k, layout=lcattn.Causal(), position=lcattn.Rotary(rope_parameters=given), q_pos=last
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    "message, parameters",
+    [
+        ("must be a dictionary, got 'x'", "x"),
+        ("must be those of one kind of layer, got one each of .'full_attention'", {"full_attention": {}}),
+        ("rope_type must be one of default, .* got .'yarn'", {"rope_type": ["yarn"]}),
+        ("'linear' needs factor, got no factor", {"rope_type": "linear"}),
+        ("'linear' needs factor, got no factor", {"type": "linear"}),
+        ("'dynamic' needs factor, max_position_embeddings", {"rope_type": "dynamic", "factor": 2.0}),
+        ("got no original_max_position_embeddings", {"rope_type": "yarn", "factor": 2.0}),
+        ("got no low_freq_factor", {"rope_type": "llama3", "factor": 2.0}),
+        (
+            "longrope needs factor, attention_factor or",
+            {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]},
+        ),
+        ("rope_theta'. must be a positive number, got 0", {"rope_theta": 0}),
+        ("factor'. must be a positive number, got 0.0", {"rope_type": "linear", "factor": 0.0}),
+    ],
+)
+def test_rotary_names_what_is_wrong_with_its_parameters(message, parameters):
+    with pytest.raises(ValueError, match=f"^Rotary: .*{message}"):
+        lcattn.Rotary(rope_parameters=parameters)
+
+
+def test_rotary_parameters_go_before_the_base():
+    assert lcattn.Rotary(500.0, rope_parameters={"type": "default"}).rope_parameters["rope_theta"] == 500.0
+    assert lcattn.Rotary(500.0, rope_parameters={"rope_theta": 7.0}).rope_parameters["rope_theta"] == 7.0
+    q = torch.zeros(1, 1, 3, 8)
+    short = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0], "max_position_embeddings": 9}
+    with pytest.raises(ValueError, match=r"'short_factor'. must have 4 factors for head dim 8, got 1"):
+        lcattn.attention(q, q, q, position=lcattn.Rotary(rope_parameters=short))
 
 
 def test_alibi_slopes_are_the_papers():

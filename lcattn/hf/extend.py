@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from ..layout import Layout
 from ..layout.base import check_int
 from ..position import DualChunk, ReRoPE, Rotary, SelfExtend
+from ..position.base import check_positive
 from ..position.rotary import Turning
 from .masks import Conversion
 from .models import convert, self_attentions, tuned_prefix, use
@@ -40,8 +40,9 @@ def extend(model: Any, to: int, method: str = "dual_chunk", layout: Layout | Non
 
     For the first three the model's own rotary becomes the identity, caches hold keys as they are, and the operator
     turns queries and keys; layers with a sliding window of their own keep their positions. Attention runs on lcattn as
-    after `convert`, or, if a layout is given, as after `use`. `use(model, None)` restores the model. A short text is
-    read before and after; should the model's rotary follow a convention that is not served, that tells.
+    after `convert`, or, if a layout is given, as after `use`. `use(model, None)` restores the model. The config stays
+    as it is, and so does what `save_pretrained` writes. A short text is read before and after; should the model's
+    rotary follow a convention that is not served, that tells.
 
     Args:
         model: a transformers or PEFT model with rotary positions.
@@ -50,10 +51,12 @@ def extend(model: Any, to: int, method: str = "dual_chunk", layout: Layout | Non
         layout: who sees whom, beside the model's causality and padding; None for what the model sees by itself.
 
     Raises:
-        ValueError: no rotary positions, an unknown method or option, distances beyond the trained length; the model
-            stays as it was.
+        ValueError: no rotary positions, an unknown method or option, distances beyond the trained length, frequencies
+            to be scaled that are scaled already; the model stays as it was.
     """
     check_int("extend", "to", to, 1)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if layout is not None and not isinstance(layout, Layout):
@@ -84,8 +87,6 @@ def extend(model: Any, to: int, method: str = "dual_chunk", layout: Layout | Non
             _compare(before, _probe(model, n_probe), model)
         if sharper != 1:
             _put_on(model, make, layout, sharper)
-        for config in {id(r.config): r.config for r in rotaries.values()}.values():
-            undo.append(_Set(config, "max_position_embeddings", max(to, config.max_position_embeddings)))
     except BaseException:
         use(model, None)
         raise
@@ -99,7 +100,7 @@ def _put_on(
     for module in self_attentions(model):
         position: tuple[Turning, ...] = ()
         if make is not None and getattr(module, "use_rope", True):
-            parameters, local = _parameters(module), getattr(module, "sliding_window", None) is not None
+            parameters, local = _parameters(module), _slides(module)
             own = Rotary(rope_parameters=parameters, attention_factor=1.0 if local else attention_factor)
             position = (own if local else make(own, not getattr(module, "is_causal", True)),)
         module.__dict__["_lcattn"] = Conversion(layout, position, tuned_prefix(model))
@@ -108,8 +109,7 @@ def _put_on(
 def _attention_factor(options: dict[str, Any]) -> float:
     """Taken out of the options."""
     given = options.pop("attention_factor", 1.0)
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < math.inf:
-        raise ValueError(f"attention_factor: expected a positive number, got {given!r}")
+    check_positive("extend", "attention_factor", given)
     return float(given)
 
 
@@ -117,8 +117,12 @@ def _remap(method: str, to: int, trained: int, options: dict[str, Any]) -> Calla
     """Makes the position from a model's frequencies and two-sidedness; everything else is checked here."""
     given = dict(options)
     kind: Callable[..., Turning]
+    for name, value in given.items():
+        check_int(method, name, value, 1)
     if method == "dual_chunk":
         local = given.pop("local", max(1, trained // 4))
+        if local >= trained:
+            raise ValueError(f"dual_chunk: local must be less than the trained length, {trained}, got {local}")
         values = {"chunk": given.pop("chunk", trained - local), "local": local}
         reach, kind = values["chunk"] + local, DualChunk
     elif method == "self_extend":
@@ -144,11 +148,12 @@ def _remap(method: str, to: int, trained: int, options: dict[str, Any]) -> Calla
 
 def _factor(method: str, to: int, trained: int, options: dict[str, Any]) -> float:
     given = dict(options)
-    factor = float(given.pop("factor", max(1.0, to / trained)))
+    factor = given.pop("factor", max(1.0, to / trained))
     _check_none_left(method, given, ("factor",))
-    if not factor >= 1:
-        raise ValueError(f"factor: expected a number of at least 1, got {factor}")
-    return factor
+    check_positive(method, "factor", factor)
+    if factor < 1:
+        raise ValueError(f"{method}: factor must be at least 1, got {factor}")
+    return float(factor)
 
 
 def _check_none_left(method: str, left: dict[str, Any], known: tuple[str, ...]) -> None:
@@ -166,8 +171,24 @@ def _rotaries(model: nn.Module) -> dict[str, Any]:
         if type(module).__name__.endswith("RotaryEmbedding") and hasattr(module, "config")
     }
     if not found:
-        raise ValueError(f"model: {type(model).__name__} has no rotary positions to remap")
+        raise ValueError(f"model: {type(model).__name__} has no rotary positions that could be remapped")
+    for module in found.values():
+        if getattr(module.config, "rope_parameters", None) is None:
+            raise ValueError(
+                f"model: {type(model).__name__} keeps no rope_parameters in its config; it is not supported"
+            )
     return found
+
+
+def _slides(module: Any) -> bool:
+    """Whether an attention module sees a window of its own."""
+    config, layer = module.config, getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and layer is not None:
+        return kinds[layer] in ("sliding_attention", "chunked_attention")
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window is not None
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
 def trained_length(config: Any) -> int:
@@ -194,8 +215,13 @@ def _scaled(rotary: Any, method: str, factor: float, trained: int) -> nn.Module:
     parameters: Any = config.rope_parameters
 
     def scale(old: Any) -> Any:
-        if old is None or old.get("rope_type", "default") not in ("default", method):
+        if old is None:
             return old
+        if (kind := old.get("rope_type", "default")) not in ("default", method):
+            others = ", ".join(_REMAPS)
+            raise ValueError(
+                f"method: {method} can't scale positions of rope_type {kind!r} again; {others} can read on"
+            )
         return old | {"rope_type": method, "factor": factor, "original_max_position_embeddings": trained}
 
     if any(isinstance(value, dict) for value in parameters.values()):

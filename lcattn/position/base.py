@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -73,8 +74,9 @@ def lower(
     if position is None:
         return Terms()
     if not isinstance(position, (list, tuple)):
-        if not hasattr(position, "lower"):
-            raise TypeError(f"position must be a position such as RelativeBias(...), got {type(position).__name__}")
+        if isinstance(position, type) or not hasattr(position, "lower"):
+            got = f"the class {position.__name__}" if isinstance(position, type) else type(position).__name__
+            raise TypeError(f"position must be a position such as RelativeBias(...), got {got}")
         return position.lower(q, k, v, q_pos, k_pos)  # type: ignore[union-attr]
     joined: dict[str, Any] = {}
     for part in position:
@@ -102,6 +104,16 @@ def check_table(owner: str, name: str, table: Any, dims: str) -> None:
     if not isinstance(table, Tensor) or table.dim() != dims.count(",") + 1 or not table.is_floating_point():
         what = f"{tuple(table.shape)} {table.dtype}" if isinstance(table, Tensor) else type(table).__name__
         raise ValueError(f"{owner}: {name} must be a {dims} floating-point tensor, got {what}")
+
+
+def check_offset(owner: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not -(1 << 31) < value < 1 << 31:
+        raise ValueError(f"{owner}: {name} must be an integer of 32 bits, got {value!r}")
+
+
+def check_positive(owner: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{owner}: {name} must be a positive number, got {value!r}")
 
 
 def check_heads(owner: str, name: str, heads: int, q: Tensor) -> None:

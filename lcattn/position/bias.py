@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Terms, check_heads, check_table, remembered
+from .base import Terms, check_heads, check_offset, check_table, remembered
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class RelativeBias:
 
     def __post_init__(self) -> None:
         check_table("RelativeBias", "table", self.table, "[H, L]")
+        check_offset("RelativeBias", "min_offset", self.min_offset)
 
     def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
         check_heads("RelativeBias", "table", self.table.shape[0], q)
@@ -71,6 +72,7 @@ class T5Bias:
 
     def __post_init__(self) -> None:
         check_table("T5Bias", "weight", self.weight, "[n_buckets, H]")
+        check_offset("T5Bias", "max_distance", self.max_distance)
         exact = self.weight.shape[0] // (4 if self.bidirectional else 2)
         if exact < 1 or self.max_distance <= exact:
             raise ValueError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Terms, check_heads, check_table, remembered
+from .base import Terms, check_heads, check_offset, check_positive, check_table, remembered
 
 
 def _check_vectors(owner: str, name: str, table: Tensor) -> None:
@@ -44,6 +44,7 @@ class Shaw:
 
     def __post_init__(self) -> None:
         _check_vectors("Shaw", "rel_key", self.rel_key)
+        check_offset("Shaw", "min_offset", self.min_offset)
 
     def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
         _check_fit("Shaw", "rel_key", self.rel_key, q)
@@ -59,7 +60,7 @@ class TransformerXL:
         u, v: [H or 1, D] float, the biases of content and of position (XLNet's r_w_bias and r_r_bias).
         min_offset: the offset of entry 0.
 
-    Source: Dai et al. 2019, section 3.3, A^rel.
+    Source: Dai et al. 2019 (Transformer-XL), section 3.3, the unnumbered equation of A^rel (terms a to d).
     """
 
     r: Tensor
@@ -71,6 +72,7 @@ class TransformerXL:
         _check_vectors("TransformerXL", "r", self.r)
         check_table("TransformerXL", "u", self.u, "[H, D]")
         check_table("TransformerXL", "v", self.v, "[H, D]")
+        check_offset("TransformerXL", "min_offset", self.min_offset)
 
     @classmethod
     def sinusoid(
@@ -93,6 +95,9 @@ class TransformerXL:
                 f"TransformerXL.sinusoid: weight must be [{H} * {D}, E], as u is {_shape(u)}, with an even E,"
                 f" got {_shape(weight)}"
             )
+        check_offset("TransformerXL.sinusoid", "min_offset", min_offset)
+        check_offset("TransformerXL.sinusoid", "max_offset", max_offset)
+        check_positive("TransformerXL.sinusoid", "base", base)
         if max_offset < min_offset:
             raise ValueError(
                 f"TransformerXL.sinusoid: max_offset must be at least min_offset, {min_offset}, got {max_offset}"
@@ -166,6 +171,8 @@ class Disentangled:
             shapes = " and ".join(_shape(table) for table in tables.values())
             raise ValueError(f"Disentangled: rel_key and rel_query must have as many entries, got {shapes}")
         span = spans.pop()
+        if self.max_distance is not None:
+            check_offset("Disentangled", "max_distance", self.max_distance)
         if self.max_distance is not None and (span < 4 or self.max_distance <= span // 2 + 1):
             raise ValueError(
                 f"Disentangled: max_distance needs tables of at least 8 entries and must exceed the {span // 2 + 1}"

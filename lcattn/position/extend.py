@@ -7,6 +7,7 @@ chunks and groups begin there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,17 @@ from torch import Tensor
 from ..layout import Chunked, Layout, Not, Window
 from ..layout.base import check_int
 from .rotary import Rotary, Turning
+
+
+def _check(owner: str, rotary: Any, two_sided: Any, what: str, reach: int) -> None:
+    """A rotary, a truth value, and a reach that the model was trained for, as far as the rotary knows."""
+    if not isinstance(rotary, Rotary):
+        raise ValueError(f"{owner}: rotary must be a Rotary, got {rotary!r}")
+    if not isinstance(two_sided, bool):
+        raise ValueError(f"{owner}: two_sided must be True or False, got {two_sided!r}")
+    trained = (rotary.rope_parameters or {}).get("max_position_embeddings")
+    if trained is not None and reach > trained:
+        raise ValueError(f"{owner}: {what} must be at most the trained length, {trained}, got {reach}")
 
 
 @dataclass(frozen=True)
@@ -49,12 +61,13 @@ class DualChunk(Turning):
         check_int("DualChunk", "local", self.local, 1)
         if self.local > self.chunk:
             raise ValueError(f"DualChunk: local must be at most chunk, {self.chunk}, got {self.local}")
+        _check("DualChunk", self.rotary, self.two_sided, "chunk + local", self.chunk + self.local)
 
     @property
     def frequencies_of(self) -> Rotary:
         return self.rotary
 
-    def reach(self, S: int) -> int:
+    def reach(self, length: Callable[[], int]) -> int:
         return self.chunk + self.local
 
     def queries(self, i: Tensor) -> list[Tensor]:
@@ -81,8 +94,8 @@ class SelfExtend(Turning):
     """Distances below the window are kept; farther ones are counted in groups.
 
     With G = group and W = window: |i - j| < W keeps query i and key j; beyond, key j is turned to j // G and query i
-    to i // G + W - W // G, so that no distance exceeds (length - W) / G + W. Two-sided, keys after are the mirror
-    image: i // G - W + W // G; else keys at W or more after their query are not seen.
+    to i // G + W - W // G, so that no distance exceeds (length - 1) // G + W - W // G. Two-sided, keys after are the
+    mirror image: i // G - W + W // G; else keys at W or more after their query are not seen.
 
     Args:
         group, window: G and W.
@@ -100,13 +113,15 @@ class SelfExtend(Turning):
     def __post_init__(self) -> None:
         check_int("SelfExtend", "group", self.group, 1)
         check_int("SelfExtend", "window", self.window, 1)
+        _check("SelfExtend", self.rotary, self.two_sided, "window", self.window)
 
     @property
     def frequencies_of(self) -> Rotary:
         return self.rotary
 
-    def reach(self, S: int) -> int:
-        return min(S, S // self.group + self.window)
+    def reach(self, length: Callable[[], int]) -> int:
+        n = length()
+        return min(n, n // self.group + self.window)
 
     def queries(self, i: Tensor) -> list[Tensor]:
         shift = self.window - self.window // self.group
@@ -133,7 +148,7 @@ class ReRoPE(Turning):
         rotary: frequencies of the model.
         two_sided: whether keys far after their query are read.
 
-    Source: Su 2023 (Rectified Rotary Position Embeddings, https://github.com/bojone/rerope).
+    Source: Su 2023 (Rectified Rotary Position Embeddings, https://github.com/bojone/rerope); no equation numbers.
     """
 
     window: int
@@ -143,13 +158,14 @@ class ReRoPE(Turning):
 
     def __post_init__(self) -> None:
         check_int("ReRoPE", "window", self.window, 1)
+        _check("ReRoPE", self.rotary, self.two_sided, "window", self.window)
 
     @property
     def frequencies_of(self) -> Rotary:
         return self.rotary
 
-    def reach(self, S: int) -> int:
-        return min(S, self.window)
+    def reach(self, length: Callable[[], int]) -> int:
+        return min(length(), self.window)
 
     def queries(self, i: Tensor) -> list[Tensor]:
         edge = torch.full_like(i, self.window)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..ops import fused_turn, fuses_turns, is_unwatched
 from ..problem import turn_by
-from .base import Terms, remembered
+from .base import Terms, check_positive, remembered
 
 # up to so many query rows a kv head, keys are turned as they are read: turning a whole cache would cost more than
 # reading it
@@ -41,9 +40,9 @@ class Turning(ABC):
     def keys(self, j: Tensor) -> list[Tensor | None]:
         """The same for keys at j [B or 1, S]; None leaves them as they are."""
 
-    def reach(self, S: int) -> int:
-        """The length that frequencies which depend on it are for."""
-        return S
+    def reach(self, length: Callable[[], int]) -> int:
+        """The length that frequencies which depend on it are for; length() is the text's."""
+        return length()
 
     def phases(self) -> dict[str, Any]:
         """The terms that say who meets whom in which way; none for one way."""
@@ -53,7 +52,8 @@ class Turning(ABC):
         H, T, D = q.shape[1:]
         G, S = k.shape[1:3]
         rotary = self.frequencies_of
-        length = rotary.that_matters(self.reach(S))
+        # a cache may have room for more than the text
+        length = rotary.that_matters(lambda: self.reach(lambda: S if q_pos is None else int(q_pos.max()) + 1))
         frequency, _ = rotary.frequencies(D, length, q.device)
         if D % 2 or 2 * len(frequency) > D:
             raise ValueError(f"Rotary: the head dim must be even and at least {2 * len(frequency)}, got {D}")
@@ -141,8 +141,10 @@ class Rotary(Turning):
 
     Args:
         base: of the frequencies.
-        rope_parameters: transformers' dictionary (rope_type default, linear, dynamic, yarn, longrope, llama3, with
-            rope_theta and, where the type needs it, max_position_embeddings) instead of base.
+        rope_parameters: transformers' dictionary (rope_type default, linear, dynamic, yarn, longrope, llama3, and what
+            the type needs: factor, original_max_position_embeddings, ...; dynamic and longrope also take the config's
+            max_position_embeddings). Its rope_theta goes before base. The length that dynamic and longrope look at is
+            the largest of q_pos plus one, and S without q_pos.
         attention_factor: scores are multiplied by its square (queries are), besides what rope_parameters ask for: above
             1 it makes attention sharper, which many more keys than in training blur.
 
@@ -155,12 +157,10 @@ class Rotary(Turning):
     absolute = False
 
     def __post_init__(self) -> None:
-        if not self.base > 0:
-            raise ValueError(f"Rotary: base must be positive, got {self.base}")
-        if not isinstance(self.attention_factor, (int, float)) or not 0 < self.attention_factor < math.inf:
-            raise ValueError(f"Rotary: attention_factor must be a positive number, got {self.attention_factor!r}")
+        check_positive("Rotary", "base", self.base)
+        check_positive("Rotary", "attention_factor", self.attention_factor)
         if self.rope_parameters is not None:
-            object.__setattr__(self, "rope_parameters", dict(self.rope_parameters))
+            object.__setattr__(self, "rope_parameters", _checked(self.rope_parameters, self.base))
 
     @property
     def frequencies_of(self) -> Rotary:
@@ -168,11 +168,11 @@ class Rotary(Turning):
 
     def frequencies(self, D: int, length: int, device: torch.device) -> tuple[Tensor, float]:
         """Angles per unit of coordinate, [R / 2] float32, and the factor on cos and sin."""
-        return _frequencies(self, D, self.that_matters(length), device)
+        return _frequencies(self, D, self.that_matters(lambda: length), device)
 
-    def that_matters(self, length: int) -> int:
-        """The length as far as frequencies depend on it, so that caches serve all others."""
-        return length if (self.rope_parameters or {}).get("rope_type") in _BY_LENGTH else 0
+    def that_matters(self, length: Callable[[], int]) -> int:
+        """length() as far as frequencies depend on it, so that caches serve all others."""
+        return length() if (self.rope_parameters or {}).get("rope_type") in _BY_LENGTH else 0
 
     def queries(self, i: Tensor) -> list[Tensor]:
         return [i]
@@ -199,6 +199,46 @@ def _table(rotary: Rotary, D: int, length: int, span: tuple[int, int], device: t
 
 # types whose frequencies depend on the length of the text
 _BY_LENGTH = ("dynamic", "longrope")
+# what each type must be given beside rope_theta; others that transformers knows are checked by it
+_ORIGINAL = "original_max_position_embeddings"
+_NEEDED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "max_position_embeddings"),
+    "yarn": ("factor", _ORIGINAL),
+    "longrope": ("short_factor", "long_factor", _ORIGINAL),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
+}
+
+
+def _checked(given: Mapping[str, Any], base: float) -> dict[str, Any]:
+    """rope_parameters with every number in order and rope_theta filled in."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"Rotary: rope_parameters must be a dictionary, got {given!r}")
+    parameters = {"rope_theta": base, **given}
+    by_layer = [name for name, value in parameters.items() if isinstance(value, Mapping)]
+    if by_layer:
+        raise ValueError(f"Rotary: rope_parameters must be those of one kind of layer, got one each of {by_layer}")
+    # "type" is how older configs call it
+    kind = parameters["rope_type"] = parameters.get("rope_type", parameters.pop("type", "default"))
+    if not isinstance(kind, str):
+        raise ValueError(f"Rotary: rope_type must be one of {', '.join(_NEEDED)}, got {kind!r}")
+    if kind in ("yarn", "longrope", "llama3") and "max_position_embeddings" in parameters:
+        parameters.setdefault(_ORIGINAL, parameters["max_position_embeddings"])
+    if kind == "dynamic" and _ORIGINAL in parameters:
+        parameters.setdefault("max_position_embeddings", parameters[_ORIGINAL])
+    if kind == "longrope" and not {"factor", "attention_factor", "max_position_embeddings"} & set(parameters):
+        raise ValueError("Rotary: longrope needs factor, attention_factor or max_position_embeddings, got none")
+    for name in _NEEDED.get(kind, ()):
+        if parameters.get(name) is None:
+            raise ValueError(f"Rotary: rope_type {kind!r} needs {', '.join(_NEEDED[kind])}, got no {name}")
+    for name, value in parameters.items():
+        if name.endswith("_factor") and name.split("_")[0] in ("short", "long"):
+            for one in value:
+                check_positive("Rotary", f"rope_parameters[{name!r}]", one)
+        elif value is not None and ("factor" in name or name in ("rope_theta", "max_position_embeddings", _ORIGINAL)):
+            check_positive("Rotary", f"rope_parameters[{name!r}]", value)
+    return parameters
 
 
 @remembered(64)
@@ -223,10 +263,15 @@ def _rope_frequencies(parameters: Mapping[str, Any], D: int, length: int, device
     if kind not in ROPE_INIT_FUNCTIONS:
         expected = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
         raise ValueError(f"Rotary: rope_type must be one of {expected}, got {kind!r}")
-    known = parameters.get("max_position_embeddings", parameters.get("original_max_position_embeddings", length))
+    known = parameters.get("max_position_embeddings", parameters.get(_ORIGINAL, length))
     config = PreTrainedConfig()
     needed = {"head_dim": D, "hidden_size": D, "num_attention_heads": 1, "max_position_embeddings": known}
     for name, value in {**needed, "rope_parameters": dict(parameters)}.items():
         setattr(config, name, value)
+    R = int(D * parameters.get("partial_rotary_factor", 1.0))
+    for name in ("short_factor", "long_factor"):
+        if name in parameters and len(parameters[name]) != R // 2:
+            what = f"{R // 2} factors for head dim {D}, got {len(parameters[name])}"
+            raise ValueError(f"Rotary: rope_parameters[{name!r}] must have {what}")
     frequency, factor = ROPE_INIT_FUNCTIONS[kind](config, device, seq_len=length)
     return frequency.to(device), factor

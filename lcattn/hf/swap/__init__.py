@@ -26,8 +26,8 @@ any length:
 - Repeated blocks of BigBird count as often as in the original: in evaluation all random blocks are block 0 once more,
   in training the plans for 1024, 3072 and 4096 tokens repeat some. The original reseeds numpy at each call, we don't.
   A short text turns a model to full attention for good, as it does the original.
-- DeBERTa: queries at padding see the real keys; no [T, T] tensor is made. v1's talking heads, its query_states and a
-  relative_pos of one's own raise.
+- DeBERTa: queries at padding see the real keys; no [T, T] tensor is made. v1's talking heads, its query_states, a
+  relative_pos of one's own, and v2's position_buckets below 4 or as far as max_relative_positions raise.
 - XLNet: more than 16 segments, and a predicted token that sees no key, raise.
 
 Dropout of attention weights is drawn differently and has the same statistics (BigBird's block attention has none). No
