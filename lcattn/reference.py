@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,9 @@ def dropout_keep(B: int, H: int, T: int, S: int, dropout: float, seed: Tensor) -
         torch.arange(B, device=device)[:, None, None, None],
     )
     words = torch.stack(torch.broadcast_tensors(*philox_words(counter, seed.reshape(()))), -1)
-    return words.reshape(B, H, T, groups * 4)[..., :S] >= math.floor(dropout * 2**32)
+    # kernels are given the probability as a float32
+    (probability,) = struct.unpack("f", struct.pack("f", dropout))
+    return words.reshape(B, H, T, groups * 4)[..., :S] >= math.floor(probability * 2**32)
 
 
 def visible(problem: Problem) -> list[Tensor]:

@@ -260,11 +260,12 @@ def test_greedy_is_what_generate_gives(name: str) -> None:
     for end, tokens in itertools.product((256, None), torch.randint(1, 256, (3, 1, 37))):
         model.generation_config.eos_token_id = end
         trusted = model.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, 37:].tolist()
-        first, second = trusted[0], trusted[4]
+        # chance may end a text before its fifth token
+        second = trusted[min(4, len(trusted) - 1)]
         found = recall.continue_greedily(model, tokens, 12)
         assert list(found.tokens) == [t for t in trusted if t != end]
         assert found.first_token_s > 0 and found.next_token_s is not None and found.next_token_s > 0
-        assert recall.continue_greedily(model, tokens, 1).tokens == (first,)
+        assert list(recall.continue_greedily(model, tokens, 1).tokens) == [t for t in trusted[:1] if t != end]
         assert recall.continue_greedily(model, tokens, 1).next_token_s is None
         model.generation_config.eos_token_id = [second, 999]
         assert recall.continue_greedily(model, tokens, 12).tokens == tuple(trusted[: trusted.index(second)])

@@ -287,6 +287,13 @@ def test_no_kernel_is_worse_than_recorded(number: int) -> None:
     assert not lines, "\n".join(lines)
 
 
+def test_no_launch_executes_more_than_recorded() -> None:
+    recorded = gpu_table.read()
+    kernels = {n: e for n, e in gpu_executed.EXECUTABLES.items() if n != gpu_executed.YARDSTICK}
+    lines = [line for found in gpu_executed.execute(kernels) for line in gpu_table.compare(found.entry, recorded)]
+    assert not lines, "\n".join(lines)
+
+
 def test_executed_work_is_summed_by_class_for_each_visible_score() -> None:
     visible = gpu_executed.ROWS * (gpu_executed.ROWS + 1) // 2
     opcodes = {

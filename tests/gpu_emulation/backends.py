@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,11 +33,12 @@ class _Emulated:
     """Replaces where a backend runs and how it launches.
 
     Attributes:
-        order, check: as in `emulate`; counts: of the latest launch.
+        order, check, mma: as in `emulate`; counts: of the latest launch.
     """
 
     order: str | int = "forward"
     check = True
+    mma: Literal["exact", "truncating"] = "exact"
     counts: Counts | None = None
 
     def _unavailable(self, device: torch.device) -> str | None:
@@ -47,7 +48,8 @@ class _Emulated:
         with Memory() as memory:
             inputs = KernelInputs(*(_to(memory, value) for value in inputs))
             results = memory.empty(out.shape, out.dtype), memory.empty(lse.shape, lse.dtype)
-            self.counts = emulate(**self.describe(inputs, *results), order=self.order, check=self.check)
+            launch = self.describe(inputs, *results)
+            self.counts = emulate(**launch, order=self.order, check=self.check, mma=self.mma)
             out.copy_(results[0])
             lse.copy_(results[1])
 
