@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inputs import kernel_inputs
+from .inputs import MAX_PHASES, kernel_inputs
 from .problem import TERMS, Gradients, Problem
 
 try:
@@ -19,7 +19,7 @@ except ImportError as error:  # a source tree whose extension was not built
     _MISSING = f"the C++ extension is not built ({error}); run `pip install .`"
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_HEAD_DIM, _MAX_PHASES = 256, 5
+_MAX_HEAD_DIM = 256
 # kDecodeRows of csrc/cpu/kernels.h: up to so many rows of queries a kv head the kernel turns keys as it reads them
 _DECODE_ROWS = 16
 
@@ -47,8 +47,8 @@ class CpuBackend:
             return f"dtype is {q.dtype}, expected float32, bfloat16 or float16"
         if q.shape[3] > _MAX_HEAD_DIM:
             return f"head dim is {q.shape[3]}, at most {_MAX_HEAD_DIM}"
-        if len(problem.phase_map) > _MAX_PHASES:
-            return f"the position has {len(problem.phase_map)} phases, at most {_MAX_PHASES}"
+        if len(problem.phase_map) > MAX_PHASES:
+            return f"the position has {len(problem.phase_map)} phases, at most {MAX_PHASES}"
         return None
 
     def forward(self, problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """The GPU backends: CUDA C++ kernels in csrc/cuda, Triton kernels in triton_kernels.
 
-Both have a forward and no backward yet. They are verified by emulation of their PTX, not on hardware.
+Both have a forward and no backward yet. They are verified by PTX-level emulation, as compiled for compute capability
+8.0, not on hardware. For 9.0 and later Triton takes other instructions (wgmma, tcgen05, pairs of float32), which the
+emulator does not know.
 """
 
 from __future__ import annotations
@@ -12,13 +14,12 @@ import torch
 from torch import Tensor
 
 from .cpu import _C, _MISSING
-from .inputs import KernelInputs, kernel_inputs, strided_like
+from .inputs import MAX_PHASES, KernelInputs, kernel_inputs, strided_like
 from .problem import Gradients, Problem
 
 _DTYPES = (torch.bfloat16, torch.float16)
 # rows of both kinds of kernel start at multiples of so many bytes, which is what one thread copies
 _ALIGNMENT = 16
-_MAX_PHASES = 5
 # blocks in the second and third dimension of a grid
 _MAX_GRID = 65535
 # the first with the matrix instructions and asynchronous copies that the kernels use
@@ -57,8 +58,8 @@ class _GpuBackend:
         ):
             if there:
                 return f"it has no {what} yet"
-        if len(problem.phase_map) > _MAX_PHASES:
-            return f"the position has {len(problem.phase_map)} phases, at most {_MAX_PHASES}"
+        if len(problem.phase_map) > MAX_PHASES:
+            return f"the position has {len(problem.phase_map)} phases, at most {MAX_PHASES}"
         if max(q.shape[:2]) > _MAX_GRID:
             return f"batch size and heads are {q.shape[0]} and {q.shape[1]}, at most {_MAX_GRID}"
         return None

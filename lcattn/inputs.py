@@ -12,6 +12,9 @@ from .lowering import BlockTable
 from .lowering_selected import call_table
 from .problem import Problem
 
+# kMaxPhases of csrc/common/problem.h
+MAX_PHASES = 5
+
 
 class KernelInputs(NamedTuple):
     """The inputs of a forward, in the order in which the C++ operators take them; terms as in `Problem`.

@@ -109,6 +109,8 @@ FAULTS = {
     12: r"out of bounds: 4-byte write of global memory \(argument 1\) at byte -4 of 512",
     13: "endless: executed 1000000000 times",
     14: "uninitialised memory: 8-byte read of local memory at byte 12",
+    15: r"race \(read after write\): 4-byte read of global memory \(argument 1\) .* which thread \d+ of another block",
+    16: r"race \(write after write\): 4-byte atomic operation of global memory \(argument 2\) at byte 0, which thread",
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -128,6 +129,24 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, object]:
     }
 
 
+def speed(name: str) -> dict[str, float]:
+    """Million thread instructions a second on one processor, the best of three launches of one case of some size."""
+    backend = BACKENDS[name]
+    problem = cases.make(
+        cases.Draw(0), "causal", "bias", "plain", cases.Shape(1, 4, 2, 512, 512, 64), DTYPES[0]
+    ).problem
+    backend.order, backend.mma = "forward", "exact"
+    found = {}
+    for what, backend.check in (("with the checker", True), ("without", False)):
+        rates = []
+        for _ in range(3):
+            backend.forward(problem, differentiable=False)
+            assert backend.counts is not None
+            rates.append(backend.counts.total / 1e6 / backend.counts.seconds)
+        found[what] = round(max(rates), 1)
+    return found
+
+
 def main(
     seed: Annotated[int, typer.Option(help="Seed of the cases.")] = 0,
     backend: Annotated[
@@ -155,8 +174,10 @@ def main(
         "verified": "by PTX-level emulation, not on hardware",
         "kernels": kernels_hash(),
         "nvcc": tool_version(find_tool("nvcc")),
+        "triton": importlib.metadata.version("triton"),
         "seed": seed,
         "backends": {name: summary([o for o in outcomes if o.backend == name]) for name in names},
+        "million_thread_instructions_a_second_alone": {name: speed(name) for name in names},
     }
     text = json.dumps(report, indent=1)
     typer.echo(text)

@@ -154,8 +154,9 @@ void check_cell(const Checked& checked, size_t offset, uint8_t state, Cell& cell
                   written.who, "wrote", cell.write_site);
     }
     const bool other_block = written.block != thread.warp->block->serial;
-    const bool both_strong = checked.kind.is_strong && (state & kStrong) &&
-                             !(checked.kind.is_block_scope && other_block);
+    const bool both_strong =
+        checked.kind.is_strong && (state & kStrong) &&
+        !(other_block && (checked.kind.is_block_scope || (state & kBlockScope)));
     const bool sums =
         checked.kind.is_float_sum && (state & kFloatSum) && !launched().options.allow_unordered;
     if ((!both_strong || sums) && !is_ordered(thread, written.block, written.who, written.epoch) &&
@@ -211,6 +212,7 @@ void set_states(const Checked& checked) {
   }
   if (checked.kind.is_strong) value |= kStrong;
   if (checked.kind.is_float_sum) value |= kFloatSum;
+  if (checked.kind.is_block_scope) value |= kBlockScope;
   memset(state, value, checked.bytes);
 }
 

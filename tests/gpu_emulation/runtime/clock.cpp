@@ -11,6 +11,8 @@ namespace emulation {
 namespace {
 
 std::unordered_map<uint64_t, std::shared_ptr<const Releases>> released_at;
+// the same by block and location
+std::map<std::pair<uint32_t, uint64_t>, std::shared_ptr<const Releases>> released_in_block_at;
 
 void merge_times(Times& into, const Times& from) {
   for (size_t i = 0; i < into.size(); ++i) into[i] = std::max(into[i], from[i]);
@@ -39,6 +41,15 @@ void merge(Clock& into, const Clock& from) {
   into.others = merged(into.others, from.others);
   into.fenced = merged(into.fenced, from.fenced);
   into.observed = merged(into.observed, from.observed);
+}
+
+// what a block's own threads released
+std::shared_ptr<const Releases> part_of(uint32_t block,
+                                        const std::shared_ptr<const Releases>& all) {
+  if (!all) return nullptr;
+  const auto own = all->find(block);
+  if (own == all->end()) return nullptr;
+  return std::make_shared<const Releases>(Releases{*own});
 }
 
 // what a thread hands on at a barrier besides its clock
@@ -83,27 +94,32 @@ void join(const std::vector<Thread*>& threads) {
   for (Thread* thread : threads) set_clock(*thread, clock);
 }
 
-void release(Thread& thread) {
+void release(Thread& thread, Scope scope) {
   auto times = std::make_shared<Times>();
   if (thread.clock) *times = thread.clock->times;
   times->resize(thread.warp->block->thread_count, 0);
   (*times)[thread.index] = thread.epoch++;
   auto own = std::make_shared<Releases>();
   (*own)[thread.warp->block->serial] = times;
-  thread.released = merged(own, thread.clock ? thread.clock->others : nullptr);
+  auto& released = scope == Scope::kBlock ? thread.released_in_block : thread.released;
+  released = merged(own, thread.clock ? thread.clock->others : nullptr);
 }
 
-void acquire(Thread& thread) {
-  const auto observed = merged(thread.to_acquire, thread.clock ? thread.clock->observed : nullptr);
-  if (!observed) return;
+void acquire(Thread& thread, Scope scope) {
   const uint32_t block = thread.warp->block->serial;
+  auto observed = merged(thread.to_acquire, thread.clock ? thread.clock->observed : nullptr);
+  // what other blocks released stays to be acquired by a fence that reaches them
+  if (scope == Scope::kBlock) observed = part_of(block, observed);
+  observed = merged(observed, thread.to_acquire_in_block);
+  if (!observed) return;
   auto clock = thread.clock ? std::make_shared<Clock>(*thread.clock) : std::make_shared<Clock>();
   clock->times.resize(thread.warp->block->thread_count, 0);
   if (const auto own = observed->find(block); own != observed->end()) {
     merge_times(clock->times, *own->second);
   }
   clock->others = merged(clock->others, observed);
-  thread.to_acquire = nullptr;
+  thread.to_acquire_in_block = nullptr;
+  if (scope == Scope::kDevice) thread.to_acquire = nullptr;
   set_clock(thread, clock);
 }
 
@@ -112,19 +128,34 @@ void strong_write(Thread& thread, uint64_t address, bool read_modify_write) {
   auto& record = released_at[address];
   // a read-modify-write continues the release sequence that it read
   record = read_modify_write ? merged(record, released) : released;
+  const auto in_block = std::make_pair(thread.warp->block->serial, address);
+  const auto found = released_in_block_at.find(in_block);
+  if (found == released_in_block_at.end() && !thread.released_in_block) return;
+  auto& narrow = released_in_block_at[in_block];
+  narrow = read_modify_write ? merged(narrow, thread.released_in_block) : thread.released_in_block;
 }
 
 void strong_read(Thread& thread, uint64_t address) {
   if (auto record = released_at.find(address); record != released_at.end()) {
     thread.to_acquire = merged(thread.to_acquire, record->second);
   }
+  const auto narrow = released_in_block_at.find({thread.warp->block->serial, address});
+  if (narrow != released_in_block_at.end()) {
+    thread.to_acquire_in_block = merged(thread.to_acquire_in_block, narrow->second);
+  }
 }
 
-void forget_releases() { released_at.clear(); }
+void forget_releases() {
+  released_at.clear();
+  released_in_block_at.clear();
+}
 
 void forget_releases_between(uint64_t begin, uint64_t end) {
   std::erase_if(released_at,
                 [&](const auto& entry) { return entry.first >= begin && entry.first < end; });
+  std::erase_if(released_in_block_at, [&](const auto& entry) {
+    return entry.first.second >= begin && entry.first.second < end;
+  });
 }
 
 bool is_ordered(const Thread& thread, uint32_t block, uint32_t other, uint32_t epoch) {

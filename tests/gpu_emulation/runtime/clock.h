@@ -12,6 +12,7 @@
 namespace emulation {
 
 struct Thread;
+enum class Scope;
 
 using Times = std::vector<uint32_t>;
 // by block, the epochs of its threads that were released to a memory location
@@ -37,9 +38,9 @@ void contribute(Clock& clock, Thread& thread);
 void take(const std::shared_ptr<const Clock>& clock, Thread& thread);
 
 // the pattern of fences around an atomic or volatile access, PTX ISA, "Release and acquire
-// patterns"
-void release(Thread& thread);
-void acquire(Thread& thread);
+// patterns"; those of a block's scope order no other block's threads
+void release(Thread& thread, Scope scope);
+void acquire(Thread& thread, Scope scope);
 void strong_write(Thread& thread, uint64_t address, bool read_modify_write);
 void strong_read(Thread& thread, uint64_t address);
 void forget_releases();

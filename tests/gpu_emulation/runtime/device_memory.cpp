@@ -6,10 +6,10 @@ namespace emulation {
 
 volatile uint32_t current_site;
 
-void fence(Thread& thread, Scope) {
+void fence(Thread& thread, Scope scope) {
   if (!thread.checking) return;
-  acquire(thread);
-  release(thread);
+  acquire(thread, scope);
+  release(thread, scope);
 }
 
 bool is_shared_address(uint64_t address) { return is_in_shared_window(address); }

@@ -14,7 +14,6 @@
 namespace emulation {
 
 enum class Order { kWeak, kRelaxed, kAcquire, kRelease, kAcquireRelease };
-enum class Scope { kBlock, kDevice };
 
 template <class Element, int kCount>
 using Vector = std::array<Element, kCount>;
@@ -40,16 +39,20 @@ inline void check_alignment(Thread& thread, uint64_t address, uint32_t bytes, ui
 void fence(Thread& thread, Scope scope);
 
 // what memory order asks of the checker before a strong store and after a strong load
-template <Order kOrder>
+template <Order kOrder, Scope kScope>
 void before_strong_write(Thread& thread, uint64_t address, bool read_modify_write) {
-  if constexpr (kOrder == Order::kRelease || kOrder == Order::kAcquireRelease) release(thread);
+  if constexpr (kOrder == Order::kRelease || kOrder == Order::kAcquireRelease) {
+    release(thread, kScope);
+  }
   strong_write(thread, address, read_modify_write);
 }
 
-template <Order kOrder>
+template <Order kOrder, Scope kScope>
 void after_strong_read(Thread& thread, uint64_t address) {
   strong_read(thread, address);
-  if constexpr (kOrder == Order::kAcquire || kOrder == Order::kAcquireRelease) acquire(thread);
+  if constexpr (kOrder == Order::kAcquire || kOrder == Order::kAcquireRelease) {
+    acquire(thread, kScope);
+  }
 }
 
 bool is_shared_address(uint64_t address);
@@ -69,7 +72,7 @@ inline Vector<Element, kCount> load(Thread& thread, uint64_t address, uint32_t s
   Vector<Element, kCount> values;
   memcpy(&values, reinterpret_cast<const void*>(address), kBytes);
   if constexpr (kOrder != Order::kWeak) {
-    if (thread.checking) after_strong_read<kOrder>(thread, address);
+    if (thread.checking) after_strong_read<kOrder, kScope>(thread, address);
     note_strong_load(thread, address, uint64_t(values[0]), site);
   }
   return values;
@@ -88,7 +91,9 @@ inline void store(Thread& thread, uint64_t address, const Vector<Element, kCount
     if (kSpace != Space::kLocal) {
       note_traffic(thread, site, address, kBytes, is_shared_address(address), true);
     }
-    if constexpr (kOrder != Order::kWeak) before_strong_write<kOrder>(thread, address, false);
+    if constexpr (kOrder != Order::kWeak) {
+      before_strong_write<kOrder, kScope>(thread, address, false);
+    }
   }
   memcpy(reinterpret_cast<void*>(address), &values, kBytes);
 }
@@ -187,8 +192,8 @@ inline typename Operation::Type atomic(Thread& thread, uint64_t address, uint32_
     check_access(thread, address, sizeof(Type),
                  {Access::kReadWrite, kSpace, true, kScope == Scope::kBlock, kFloatSum}, site);
     note_traffic(thread, site, address, sizeof(Type), is_shared_address(address), true);
-    after_strong_read<kOrder>(thread, address);
-    before_strong_write<kOrder>(thread, address, true);
+    after_strong_read<kOrder, kScope>(thread, address);
+    before_strong_write<kOrder, kScope>(thread, address, true);
   }
   Type old;
   memcpy(&old, reinterpret_cast<const void*>(address), sizeof old);

@@ -297,6 +297,7 @@ void start_block(uint32_t serial, Dim3 index, char* shared, char* stacks, size_t
     thread.known = nullptr;
     thread.clock = nullptr;
     thread.released = thread.to_acquire = nullptr;
+    thread.released_in_block = thread.to_acquire_in_block = nullptr;
     thread.copies.clear();
     thread.group_ends.clear();
     thread.local.clear();

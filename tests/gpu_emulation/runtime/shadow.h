@@ -17,6 +17,8 @@ enum ByteState : uint8_t {
   kStrong = 8,
   // the last write was an atomic addition of floats
   kFloatSum = 16,
+  // the last write was strong to its block's threads only
+  kBlockScope = 32,
 };
 
 // thread and epoch, or warp and epoch

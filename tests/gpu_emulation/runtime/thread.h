@@ -72,6 +72,9 @@ struct AsyncCopy {
   std::array<char, 16> data;
 };
 
+// how far an atomic operation, or a fence, reaches
+enum class Scope { kBlock, kDevice };
+
 struct LocalMemory {
   const char* address;
   uint32_t bytes;
@@ -99,6 +102,8 @@ struct Thread {
   const uint32_t* known;
   std::shared_ptr<const Clock> clock;
   std::shared_ptr<const Releases> released, to_acquire;
+  // the same of fences and accesses that only the block's threads are ordered by
+  std::shared_ptr<const Releases> released_in_block, to_acquire_in_block;
 
   // the copies of group i are those from group_ends[i - 1] to group_ends[i]; later ones are not
   // committed yet
