@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ import lcattn
 from lcattn.layout import Layout
 from tests.gpu_emulation import Memory, emulate
 from tests.gpu_emulation.backends import EmulatedCuda, EmulatedTriton
-from tests.gpu_emulation.compile import triton_launch
+from tests.gpu_emulation.compile import nvcc_ptx, triton_launch
 from tests.gpu_emulation.emulate import Counts
 
-from .gpu_kernels import forward_inputs, nvcc_compiler, triton_compiler, yardstick_arguments
+from .gpu_kernels import PLAIN_CUDA, PlainCuda, forward_inputs, nvcc_compiler, triton_compiler, yardstick_arguments
 from .gpu_table import Entry
 from .gpu_yardsticks import causal_attention
 from .report import table
@@ -126,11 +127,34 @@ def _of_triton() -> str:
     return triton_compiler(80)
 
 
+def plain_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Counts:
+    """A launch of plain_attention.cu on [heads, rows, D] in emulated memory."""
+    heads, rows, head_dim = q.shape
+    kernel, scale = PlainCuda(head_dim), head_dim**-0.5 / math.log(2)
+    return emulate(
+        nvcc_ptx(PLAIN_CUDA),
+        kernel.name,
+        (rows // 64, heads, 1),
+        (kernel.threads, 1, 1),
+        kernel.shared_bytes,
+        [q, k, v, out, lse, rows, scale],
+        check=False,
+    )
+
+
+def _plain_cuda() -> Counts:
+    with Memory() as memory:
+        q, k, v = (memory.copy(torch.zeros(1, ROWS, HEAD_DIM, dtype=DTYPE)) for _ in range(3))
+        return plain_cuda(q, k, v, memory.empty(q.shape, DTYPE), memory.empty(q.shape[:2], torch.float32))
+
+
 YARDSTICK = "plain d64 64x64"
+YARDSTICKS = ("plain cuda d64", YARDSTICK)
 EXECUTABLES = {
     "cuda bf16 d64": Executable(nvcc_compiler, lambda layout: _own(EmulatedCuda(), layout, False)),
     "triton bf16 d64": Executable(_of_triton, lambda layout: _own(EmulatedTriton(), layout, False)),
     "triton bf16 d64 bias": Executable(_of_triton, lambda layout: _own(EmulatedTriton(), layout, True)),
+    "plain cuda d64": Executable(nvcc_compiler, lambda layout: _plain_cuda()),
     YARDSTICK: Executable(_of_triton, lambda layout: _plain((64, 64))),
 }
 
@@ -143,11 +167,11 @@ def execute(kernels: Mapping[str, Executable]) -> Iterator[Executed]:
 
 
 def report(found: list[Executed]) -> str:
-    """A row for each kernel and layout; the ratio is to the yardstick, which computes all that is causal."""
-    by_name = {(executed.kernel, executed.layout): executed for executed in found}
+    """A row for each kernel and layout; the ratio is to its compiler's yardstick, which computes all that is causal."""
+    beside_of = {(e.compiler, e.layout): e for e in found if e.kernel in YARDSTICKS}
     rows = []
     for executed in found:
-        beside = by_name.get((YARDSTICK, executed.layout))
+        beside = beside_of.get((executed.compiler, executed.layout))
         ratio = f"{executed.instructions / beside.instructions:.2f}" if beside else ""
         name = f"{executed.kernel}, {executed.layout}"
         classes = [f"{executed.classes.get(kind, 0):.2f}" for kind in CLASSES]

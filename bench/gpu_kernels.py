@@ -85,6 +85,29 @@ def nvcc_compiler() -> str:
     return f"nvcc {tool_version(find_tool('nvcc'))}"
 
 
+PLAIN_CUDA = Path(__file__).with_name("plain_attention.cu")
+
+
+@dataclass(frozen=True)
+class PlainCuda:
+    """A launch of plain_attention.cu, beside its grid of (rows / 64, heads)."""
+
+    head_dim: int
+    threads: int = 128
+
+    @property
+    def name(self) -> str:
+        return f"plain_attention_d{self.head_dim}"
+
+    @property
+    def shared_bytes(self) -> int:
+        # K and V of two blocks
+        return 2 * 2 * 64 * self.head_dim * 2
+
+    def compile(self, number: int) -> Compiled:
+        return Compiled(nvcc_compiler(), _nvcc(PLAIN_CUDA, number)[self.name], self.threads, self.shared_bytes)
+
+
 @cache
 def triton_compiler(number: int) -> str:
     ptxas = triton.knobs.nvidia.ptxas_blackwell if number >= 100 else triton.knobs.nvidia.ptxas
@@ -133,7 +156,7 @@ def _triton(dtype: torch.dtype, head_dim: int, with_bias: bool, number: int) -> 
 KERNELS = {
     **{
         f"cuda {name} d{head_dim}": Kernel(
-            partial(_cuda, dtype, head_dim), head_dim, (64, 64), f"plain d{head_dim} 64x64"
+            partial(_cuda, dtype, head_dim), head_dim, (64, 64), f"plain cuda d{head_dim}"
         )
         for name, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16))
         for head_dim in (64, 128)
@@ -145,6 +168,7 @@ KERNELS = {
         for head_dim in (64, 128)
         for with_bias in (False, True)
     },
+    **{f"plain cuda d{d}": Kernel(PlainCuda(d).compile, d, (64, 64)) for d in (64, 128)},
     "plain d64 64x64": Kernel(partial(_yardstick, 64, (64, 64), 4, 2), 64, (64, 64)),
     "plain d64 128x64": Kernel(partial(_yardstick, 64, (128, 64), 4, 3), 64, (128, 64)),
     "plain d128 64x64": Kernel(partial(_yardstick, 128, (64, 64), 4, 2), 128, (64, 64)),

@@ -246,7 +246,7 @@ def _fail(message: object) -> typer.Exit:
 
 
 def _execute(wanted: Iterable[str]) -> list[gpu_executed.Executed]:
-    names = {*wanted, gpu_executed.YARDSTICK}
+    names = {*wanted, *gpu_executed.YARDSTICKS}
     chosen = {name: entry for name, entry in gpu_executed.EXECUTABLES.items() if name in names}
     found = []
     with tqdm(total=len(chosen) * len(gpu_executed.LAYOUTS), desc="executing", leave=False, disable=None) as bar:
