@@ -1,5 +1,6 @@
 """The operator on every backend of this machine: all cases within the budget, and the properties users rely on."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 import lcattn
 from lcattn import cases, tolerance
+from lcattn.api import make_problem
 from lcattn.cases import Draw, Shape
 from tests.conftest import SEED
 
@@ -133,6 +135,16 @@ def test_dropout_drops_what_the_reference_drops(backend, seed):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
     torch.manual_seed(seed + 1)
     assert not torch.allclose(results[0], lcattn.attention(q, k, v, dropout=0.5, backend=backend), atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_is_of_a_float32_probability(backend, seed):
+    """With this seed the word of head 1, query 246, key 155 lies between the bounds of 0.3 and of its float32."""
+    q, k, v = tensors(Draw(seed), Shape(1, 2, 2, 256, 160, 16))
+    problem = make_problem(q, k, v, lcattn.Full(), None, None, None, None, None, None, None, 0.3)
+    problem = dataclasses.replace(problem, seed=torch.tensor([236]))
+    found = tolerance.verify(problem, backend, torch.randn_like(q))
+    assert all(c.ok for c in found), [str(c) for c in found if not c.ok]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
