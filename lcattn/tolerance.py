@@ -274,8 +274,11 @@ def verify(problem: Problem, backend: str, dout: Tensor | None = None, dlse: Ten
         results |= {f"{name} (inference)": t for name, t in run(problem, backend).named().items()}
     dtype = problem.q[0].dtype
     narrow = to_dtype(problem, dtype)
-    # lse is float32 for narrower dtypes too, and held to what float32 makes of the very same queries and keys
-    wide = to_dtype(problem.turned(), torch.promote_types(dtype, torch.float32))
+    # Kernels hold scores in float32 whatever the dtype, so lse is held to what float32 makes of the same queries and
+    # keys. The reference computes in the problem's dtype throughout.
+    wide = narrow
+    if dispatch.check_name(backend) != "reference":
+        wide = to_dtype(problem.turned(), torch.promote_types(dtype, torch.float32))
 
     def twice(found: dict[str, Tensor]) -> dict[str, Tensor]:
         again = {} if dout is None else {f"{name} (inference)": found[name] for name in ("out", "lse")}
