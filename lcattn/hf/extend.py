@@ -41,8 +41,8 @@ def extend(model: Any, to: int, method: str = "dual_chunk", layout: Layout | Non
     For the first three the model's own rotary becomes the identity, caches hold keys as they are, and the operator
     turns queries and keys; layers with a sliding window of their own keep their positions. Attention runs on lcattn as
     after `convert`, or, if a layout is given, as after `use`. `use(model, None)` restores the model. The config stays
-    as it is, and so does what `save_pretrained` writes. A short text is read before and after; should the model's
-    rotary follow a convention that is not served, that tells.
+    as it is, and so does what `save_pretrained` writes; `generate()` may remind of its length, to no effect. A short
+    text is read before and after; should the model's rotary follow a convention that is not served, that tells.
 
     Args:
         model: a transformers or PEFT model with rotary positions.
