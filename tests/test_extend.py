@@ -230,9 +230,6 @@ KINDS: dict[str, tuple[Any, Any]] = {
 }
 
 
-SLIDING = {"mistral": 24}
-
-
 def make(name: str) -> Any:
     """A small random model whose scores spread."""
     kind, config = KINDS[name]
@@ -255,7 +252,7 @@ def use_dense(model: Any, method: str) -> Any:
         i, j = torch.arange(T)[:, None], torch.arange(S)
         seen = j <= i if getattr(module, "is_causal", True) else torch.ones(T, S, dtype=torch.bool)
         # some keep it in the config alone
-        window = getattr(module, "sliding_window", SLIDING.get(module.config.model_type))
+        window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
         if window is not None:
             near = (i - j < window) if getattr(module, "is_causal", True) else (i - j).abs() < window
             seen = seen & near

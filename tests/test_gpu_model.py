@@ -315,6 +315,18 @@ def test_executed_work_is_summed_by_class_for_each_visible_score() -> None:
         gpu_executed.multiply_adds("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16")
 
 
+def check_causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """Of [heads, rows, D], scores scaled by 1 / sqrt(D)."""
+    scale, hidden = q.shape[2] ** -0.5, torch.ones(q.shape[1], k.shape[1]).triu(1).bool()
+    scores = (q.double() @ k.double().mT * scale).masked_fill(hidden, -math.inf)
+    eager = (q @ k.mT * scale).masked_fill(hidden, -math.inf).softmax(-1) @ v
+    compared = tolerance.compare("out", out, scores.softmax(-1) @ v.double(), eager)
+    assert compared.ok, str(compared)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
 def test_the_yardstick_is_attention_and_does_the_work_it_is_said_to(seed: int) -> None:
     heads, rows, head_dim, tile = 2, 130, 64, (64, 64)
     q, k, v = (torch.randn(heads, rows, head_dim, dtype=torch.bfloat16) for _ in range(3))
@@ -328,12 +340,7 @@ def test_the_yardstick_is_attention_and_does_the_work_it_is_said_to(seed: int) -
         launch = triton_launch(causal_attention, *given, *made, *scalars, grid=(3, heads), num_warps=4, num_stages=2)
         counts = emulate(**vars(launch), check=False)
         out, lse = (t.clone() for t in made)
-    hidden = torch.ones(rows, rows).triu(1).bool()
-    scores = (q.double() @ k.double().mT * scale).masked_fill(hidden, -math.inf)
-    eager = (q @ k.mT * scale).masked_fill(hidden, -math.inf).softmax(-1) @ v
-    compared = tolerance.compare("out", out, scores.softmax(-1) @ v.double(), eager)
-    assert compared.ok, str(compared)
-    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    check_causal_attention(q, k, v, out, lse)
     work = sum(count * gpu_executed.multiply_adds(opcode) for opcode, count in counts.opcodes.items())
     # one, two and three tiles of keys
     assert work == heads * (1 + 2 + 3) * 2 * 64 * 64 * head_dim
@@ -348,12 +355,7 @@ def test_the_yardstick_in_cuda_is_attention_too(head_dim: int, seed: int) -> Non
         made = memory.empty(q.shape, q.dtype), memory.empty((heads, rows), torch.float32)
         counts = gpu_executed.plain_cuda(*given, *made)
         out, lse = (t.clone() for t in made)
-    hidden = torch.ones(rows, rows).triu(1).bool()
-    scores = (q.double() @ k.double().mT * head_dim**-0.5).masked_fill(hidden, -math.inf)
-    eager = (q @ k.mT * head_dim**-0.5).masked_fill(hidden, -math.inf).softmax(-1) @ v
-    compared = tolerance.compare("out", out, scores.softmax(-1) @ v.double(), eager)
-    assert compared.ok, str(compared)
-    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    check_causal_attention(q, k, v, out, lse)
     work = sum(count * gpu_executed.multiply_adds(opcode) for opcode, count in counts.opcodes.items())
     assert work == heads * (1 + 2 + 3) * 2 * 64 * 64 * head_dim
 
