@@ -154,7 +154,8 @@ def make_problem(
     if softcap < 0:
         raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
     dropout = _check_number("dropout", dropout)
-    if not 0 <= dropout < 1:
+    # kernels take it as a float32, of which this is the last below 1
+    if not 0 <= dropout <= 1 - 2**-24:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
     if sink is not None and (sink.shape != (H,) or not sink.is_floating_point()):
         raise ValueError(f"sink: expected [{H}] floats, one a query head, got {list(sink.shape)} {sink.dtype}")

@@ -145,6 +145,9 @@ def test_dropout_is_of_a_float32_probability(backend, seed):
     problem = dataclasses.replace(problem, seed=torch.tensor([236]))
     found = tolerance.verify(problem, backend, torch.randn_like(q))
     assert all(c.ok for c in found), [str(c) for c in found if not c.ok]
+    assert lcattn.attention(q, k, v, dropout=1 - 2**-24, backend=backend).isfinite().all()
+    with pytest.raises(ValueError, match="dropout: expected a probability"):
+        lcattn.attention(q, k, v, dropout=1 - 1e-9, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
