@@ -61,7 +61,7 @@ def kernel_inputs(problem: Problem) -> tuple[BlockTable, KernelInputs]:
     B, H, G, T, S, _ = problem.sizes
     device = problem.q[0].device
     table, row_start, default = call_table(problem.layout, problem.phases, B, H, G, T, S, problem.q_pos, problem.k_pos)
-    if device.type != "cpu":
+    if table.seg_ptr.device != device:
         table = _on_device(table, device)
     q_pos = k_pos = None
     if not default or problem.offset_q_pos is not None:

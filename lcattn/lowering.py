@@ -61,7 +61,10 @@ class BlockTable:
 
     def n_pairs(self) -> int:
         """How many (query block, key block) pairs the table visits, over all of Bt, Ht and phases."""
-        return int(_run_lengths(self.seg_ptr, self.entries).sum())
+        edges = self.seg_ptr.reshape(-1, self.seg_ptr.shape[-1]).long()
+        ahead = torch.nn.functional.pad(self.entries[:, 1].cumsum(0), (1, 0))
+        runs = ahead[edges[:, 1::2]] - ahead[edges[:, :-1:2]]
+        return int(runs.sum() + (edges[:, 2::2] - edges[:, 1::2]).sum())
 
     def to_dense(self, T: int, S: int, phase: int | None = None) -> Tensor:
         """The pattern, [Bt, Ht, T, S] bool, of one phase or of all joined; for tests and pictures, O(T * S)."""
@@ -79,19 +82,6 @@ class BlockTable:
                         bits = (self.mask_tiles[tile][..., None] >> shifts) & 1
                         dense[b, h, r, block] |= bits.flatten(1)[:, : self.block_k].bool()
         return dense.transpose(3, 4).reshape(Bt, Ht, n_rows * self.block_q, -1)[:, :, :T, :S]
-
-
-def _run_lengths(seg_ptr: Tensor, entries: Tensor) -> Tensor:
-    """Blocks each entry covers: the count of a full run, 1 for a tile."""
-    edges = seg_ptr.reshape(-1, seg_ptr.shape[-1])
-    kind = torch.ones(len(entries), dtype=torch.bool)
-    for f in range(seg_ptr.shape[-1] // 2):
-        starts, ends = edges[:, 2 * f].long(), edges[:, 2 * f + 1].long()
-        inside = torch.zeros(len(entries) + 1, dtype=torch.int32)
-        inside.index_add_(0, starts, torch.ones_like(starts, dtype=torch.int32))
-        inside.index_add_(0, ends, -torch.ones_like(ends, dtype=torch.int32))
-        kind &= inside.cumsum(0)[:-1] == 0
-    return torch.where(kind, 1, entries[:, 1])
 
 
 class Axis:
@@ -259,7 +249,7 @@ class Found:
     tile: Tensor
 
 
-def find_tiles(grid: Grid, layout: Layout, q_block: Tensor, k_block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _find_tiles(grid: Grid, layout: Layout, q_block: Tensor, k_block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mixed blocks by their elements: which are full, the tile number of each (-1: full or empty), and the tiles."""
     words = -(-grid.k.block // 32)
     if not len(q_block):
@@ -283,53 +273,67 @@ def find_tiles(grid: Grid, layout: Layout, q_block: Tensor, k_block: Tensor) -> 
     return solid, torch.full_like(ids, -1).masked_scatter_(keep, number), tiles[used]
 
 
-def single_blocks(q_block: Tensor, k_block: Tensor) -> Tensor:
+def _single_blocks(q_block: Tensor, k_block: Tensor) -> Tensor:
     """Blocks as rectangles [n, 4]."""
     one = torch.ones_like(q_block)
     return torch.stack([q_block, one, k_block, one], 1)
 
 
 def _expand(full: Tensor, first_row: Tensor, transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Rectangles as runs: row, first block, count; adjacent runs of a row are joined by `_merge`."""
+    """Rectangles as runs: row, first block, count."""
     first, rows, block, count = (full[:, i] for i in ((2, 3, 0, 1) if transpose else (0, 1, 2, 3)))
     which = torch.repeat_interleave(torch.arange(len(full)), rows)
     within = torch.arange(len(which)) - torch.repeat_interleave(rows.cumsum(0) - rows, rows)
     return (first_row + first)[which] + within, block[which], count[which]
 
 
-def _merge(row: Tensor, block: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Joins runs that touch within a row."""
-    if not len(row):
-        return row, block, count
-    order = torch.argsort(row * (int(block.max()) + 1) + block)
-    row, block, count = row[order], block[order], count[order]
-    starts = torch.ones(len(row), dtype=torch.bool)
-    starts[1:] = (row[1:] != row[:-1]) | (block[:-1] + count[:-1] != block[1:])
-    group = starts.cumsum(0) - 1
-    total = torch.zeros(int(group[-1]) + 1, dtype=torch.long).index_add_(0, group, count)
-    return row[starts], block[starts], total
+def pack(
+    segment: Tensor, block: Tensor, payload: Tensor, n_rows: int, n_blocks: int, n_phases: int
+) -> tuple[Tensor, Tensor]:
+    """seg_ptr [n_rows, 2 P + 1] and entries [n, 2] of one direction, from entries [n] in any order.
+
+    Entry i lies in segment[i] = row * 2 P + 2 phase + kind, kind 0 a run of payload[i] blocks and 1 a tile; one of
+    segment n_rows * 2 P is left out. Runs that touch are joined. Sizes follow from those of the arguments alone, on any
+    device, so the last entries may be unused.
+    """
+    order = torch.argsort(segment * n_blocks + block)
+    segment, block, payload = segment[order], block[order], payload[order]
+    is_run = segment % 2 == 0
+    end = torch.where(is_run, block + payload, -1)
+    opens = torch.ones_like(is_run)
+    opens[1:] = (segment[1:] != segment[:-1]) | (end[:-1] != block[1:])
+    place = opens.cumsum(0) - 1
+
+    def joined(values: Tensor, reduce: str, unused: int) -> Tensor:
+        result = torch.full_like(values, unused)
+        return result.scatter_reduce_(0, place, values, reduce, include_self=False)
+
+    width = 2 * n_phases
+    first = joined(block, "amin", 0)
+    last = joined(torch.where(is_run, end, payload), "amax", 0)
+    segment = joined(segment, "amin", n_rows * width)
+    entries = torch.stack([first, torch.where(segment % 2 == 0, last - first, last)], 1)
+    edges = torch.searchsorted(segment, torch.arange(n_rows * width + 1, device=segment.device))
+    seg_ptr = torch.cat([edges[:-1].reshape(n_rows, width), edges[width::width, None]], 1)
+    return seg_ptr.int(), entries.int()
 
 
-def assemble(
-    found: Sequence[Found], n_tables: int, n_rows: int, n_phases: int, transpose: bool
+def _assemble(
+    found: Sequence[Found], n_tables: int, n_rows: int, n_blocks: int, n_phases: int, transpose: bool
 ) -> tuple[Tensor, Tensor]:
     """seg_ptr [n_tables * n_rows, 2 P + 1] and entries of one direction."""
     segments, blocks, payloads = [], [], []
     for part in found:
-        runs = _merge(*_expand(part.full, part.full_table * n_rows, transpose))
         tile_row, tile_block = (part.k_block, part.q_block) if transpose else (part.q_block, part.k_block)
+        runs = _expand(part.full, part.full_table * n_rows, transpose)
         tiled = (part.table * n_rows + tile_row, tile_block, part.tile)
         for kind, (row, block, payload) in enumerate((runs, tiled)):
             segments.append(row * (2 * n_phases) + 2 * part.phase + kind)
             blocks.append(block)
             payloads.append(payload)
-    segment, block, payload = torch.cat(segments), torch.cat(blocks), torch.cat(payloads)
-    order = torch.argsort(segment * (int(block.max()) + 1 if len(block) else 1) + block)
-    entries = torch.stack([block[order], payload[order]], 1).int()
-    counts = torch.bincount(segment, minlength=n_tables * n_rows * 2 * n_phases)
-    ends = counts.cumsum(0).reshape(-1, 2 * n_phases)
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1, -1]])
-    return torch.cat([starts[:, None], ends], 1).int(), entries.contiguous()
+    parts = (torch.cat(segments), torch.cat(blocks), torch.cat(payloads))
+    seg_ptr, entries = pack(*parts, n_tables * n_rows, n_blocks, n_phases)
+    return seg_ptr, entries[: int(seg_ptr[-1, -1])].clone()
 
 
 def lower(
@@ -370,8 +374,8 @@ def lower(
             grid = Grid(Axis(T, block_q, q_row, S - T), Axis(S, block_k, k_row, 0), b, h)
             for phase, part in enumerate(split):
                 full, q_block, k_block = grid.classify(part)
-                solid, tile, new = find_tiles(grid, part, q_block, k_block)
-                full = torch.cat([full, single_blocks(q_block, k_block)[solid]])
+                solid, tile, new = _find_tiles(grid, part, q_block, k_block)
+                full = torch.cat([full, _single_blocks(q_block, k_block)[solid]])
                 kept = tile >= 0
                 q_block, k_block, tile = q_block[kept], k_block[kept], tile[kept] + n_tiles
                 table = b * Ht + h
@@ -392,8 +396,8 @@ def lower(
     for piece in found:
         piece.tile = renumber[piece.tile]
     n_q, n_k = -(-T // block_q), -(-S // block_k)
-    seg_ptr, entries = assemble(found, Bt * Ht, n_q, len(split), transpose=False)
-    seg_ptr_t, entries_t = assemble(found, Bt * Ht, n_k, len(split), transpose=True)
+    seg_ptr, entries = _assemble(found, Bt * Ht, n_q, n_k, len(split), transpose=False)
+    seg_ptr_t, entries_t = _assemble(found, Bt * Ht, n_k, n_q, len(split), transpose=True)
     return BlockTable(
         seg_ptr.reshape(Bt, Ht, n_q, -1),
         entries,

@@ -1,14 +1,16 @@
 """Tables of layouts that hold blocks chosen afresh in each call: what is static is lowered once, the rest merged in.
 
 At each block of the table a layout with one `SelectedBlocks` in it is one of two static layouts: the expression with
-nothing selected, or with everything. The first is lowered and cached as ever. The second is looked at only where
-something is selected, for all heads at once. So a table costs O(entries) in a few dozen tensor operations, whatever the
-number of heads. What this cannot say (blocks that are no multiple of the table's, coordinates of one's own, a selection
-under `Not`, several selections) is lowered head by head. Neither kind is remembered: the next call selects anew.
+nothing selected, or with everything. Both are lowered and cached as ever, and a call takes each block from the one or
+the other, in a few dozen tensor operations, whatever the number of heads, on the device on which the selection lies.
+What this cannot say (blocks that are no multiple of the table's, coordinates of one's own, documents while decoding, a
+selection under `Not`, several selections), or at a price (a scattered layout in `&` with the selection), is lowered
+head by head. Neither kind is remembered: the next call selects anew.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,19 +18,8 @@ import torch
 from torch import Tensor
 
 from .layout import Full, Layout, Not, SelectedBlocks
-from .lowering import (
-    Axis,
-    BlockTable,
-    Found,
-    Grid,
-    Region,
-    assemble,
-    cached_table,
-    find_tiles,
-    lower,
-    run_start,
-    single_blocks,
-)
+from .layout.base import Joined, Or
+from .lowering import BlockTable, cached_table, lower, pack, run_start
 
 # rows and columns of a block of the table
 _BLOCK = 64
@@ -57,11 +48,8 @@ def call_table(
         nothing, everything = _with(layout, Not(Full())), _with(layout, Full())
         # only coordinates let rows of the table be counted from a block's edge
         if start == 0 or not any(part.by_index for part in (nothing, *phases)):
-            base, _, _ = cached_table(nothing, phases, B, H, T, S, q_pos, k_pos)
-            parts = [everything & phase for phase in phases] or [everything]
-            by_index = any(part.by_index for part in parts)
-            sizes = (T, S) if by_index else (base.seg_ptr.shape[2] * _BLOCK,) * 2
-            table = _merge(base, parts, selected, (B, H, T, S), start, sizes, _n_tables(layout, phases, H, G))
+            base, full = (cached_table(part, phases, B, H, T, S, q_pos, k_pos)[0] for part in (nothing, everything))
+            table = _merge(base, full, selected, (B, H, T, S), start, _n_tables(layout, phases, H, G))
             return table, start % _BLOCK, start < _BLOCK
     heads = _n_tables(layout, phases, H, G)
     if heads == G < H:
@@ -107,7 +95,7 @@ def _with(layout: Layout, instead: Layout) -> Layout:
 
 
 def _splits(layout: Layout, phases: Sequence[Layout]) -> bool:
-    """Whether blocks of the table are wholly selected or wholly not, and a selection never hides anything."""
+    """Whether blocks of the table are wholly selected or not, selecting hides nothing, and tables of all stay small."""
 
     def hides(part: Layout) -> bool:
         if isinstance(part, Not):
@@ -120,17 +108,16 @@ def _splits(layout: Layout, phases: Sequence[Layout]) -> bool:
         and found[0].block % _BLOCK == 0
         and not hides(layout)
         and not any(_selections(phase) for phase in phases)
+        and not _is_scattered(_with(layout, Full()))
     )
 
 
-@dataclass(frozen=True)
-class _Entries:
-    """Entries of one phase of some tables' rows, runs and tiles apart; keys are (table, row, block) as one number."""
-
-    run_key: Tensor
-    run_count: Tensor
-    tile_key: Tensor
-    tile: Tensor
+def _is_scattered(layout: Layout) -> bool:
+    """Whether a table of all that a layout with everything selected shows may take many entries a row."""
+    parts = layout.parts if isinstance(layout, Joined) else ()
+    if isinstance(layout, Or) and any(isinstance(part, Full) for part in parts):
+        return False
+    return any(map(_is_scattered, parts)) if parts else layout.scattered
 
 
 @dataclass(frozen=True)
@@ -140,94 +127,152 @@ class _Keys:
     n_rows: int
     n_columns: int
 
-    def of(self, table: Tensor, row: Tensor, block: Tensor) -> Tensor:
+    def of(self, table: Tensor | int, row: Tensor, block: Tensor) -> Tensor:
         return (table * self.n_rows + row) * self.n_columns + block
 
-    def table(self, key: Tensor) -> Tensor:
-        return key // (self.n_rows * self.n_columns)
+    def split(self, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = key // self.n_columns
+        return rows // self.n_rows, rows % self.n_rows, key % self.n_columns
 
-    def row(self, key: Tensor) -> Tensor:
-        return key // self.n_columns % self.n_rows
 
-    def block(self, key: Tensor) -> Tensor:
-        return key % self.n_columns
+@dataclass(frozen=True)
+class _Entries:
+    """Entries of one phase of some tables' rows, runs and tiles apart, in order of their keys.
+
+    Attributes:
+        run_key, run_count: [n]; tile_key, tile: [m] int64; n_blocks: in all runs.
+    """
+
+    n_blocks: int
+    run_key: Tensor
+    run_count: Tensor
+    tile_key: Tensor
+    tile: Tensor
+
+    @functools.cached_property
+    def block_key(self) -> Tensor:
+        """Of each block of each run."""
+        which = torch.repeat_interleave(self.run_count, output_size=self.n_blocks)
+        before = self.run_count.cumsum(0) - self.run_count
+        return self.run_key[which] + torch.arange(self.n_blocks, device=which.device) - before[which]
+
+    def runs_over(self, key: Tensor) -> Tensor:
+        """Whether each key lies in a run."""
+        if not len(self.run_key):
+            return torch.zeros_like(key, dtype=torch.bool)
+        at = torch.searchsorted(self.run_key, key, right=True) - 1
+        return (at >= 0) & (key < (self.run_key + self.run_count)[at.clamp(min=0)])
+
+    def tile_of(self, key: Tensor) -> Tensor:
+        """The tile of each key, or -1."""
+        if not len(self.tile_key):
+            return torch.full_like(key, -1)
+        at = torch.searchsorted(self.tile_key, key).clamp(max=len(self.tile_key) - 1)
+        return torch.where(self.tile_key[at] == key, self.tile[at], -1)
+
+
+def _among(key: Tensor, others: Tensor) -> Tensor:
+    """Whether each key is one of others, which are sorted."""
+    if not len(others):
+        return torch.zeros_like(key, dtype=torch.bool)
+    return others[torch.searchsorted(others, key).clamp(max=len(others) - 1)] == key
+
+
+# the kinds of segment of `BlockTable`
+_RUN, _TILE = 0, 1
+
+
+class _Side:
+    """Entries of one direction of a table, on their way to it."""
+
+    def __init__(self, keys: _Keys, n_tables: int, n_phases: int, transpose: bool) -> None:
+        self.keys, self.transpose, self.n_phases = keys, transpose, n_phases
+        n_rows, n_columns = keys.n_rows, keys.n_columns
+        self.n_rows, self.n_blocks = (n_columns, n_rows) if transpose else (n_rows, n_columns)
+        self.n_rows_in_all = n_tables * self.n_rows
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, phase: int, kind: int, key: Tensor, payload: Tensor, live: Tensor | None = None) -> None:
+        """Entries of one segment, those that are not live for nothing but their room."""
+        table, row, block = self.keys.split(key)
+        if self.transpose:
+            row, block = block, row
+        segment = (table * self.n_rows + row) * 2 * self.n_phases + 2 * phase + kind
+        if live is not None:
+            segment = torch.where(live, segment, self.n_rows_in_all * 2 * self.n_phases)
+        self.parts.append((segment, block, payload))
+
+    def pack(self) -> tuple[Tensor, Tensor]:
+        segment, block, payload = map(torch.cat, zip(*self.parts, strict=True))
+        return pack(segment, block, payload, self.n_rows_in_all, self.n_blocks, self.n_phases)
 
 
 def _merge(
     base: BlockTable,
-    parts: Sequence[Layout],
+    everything: BlockTable,
     selected: SelectedBlocks,
     problem: tuple[int, int, int, int],
     start: int,
-    sizes: tuple[int, int],
     Ht: int,
 ) -> BlockTable:
     """The table of T queries from coordinate `start`, its first row the one in which that stands.
 
+    It is built where the selection lies. Its sizes follow from those of the selection and of the static tables, never
+    from what is selected, so that no step waits for the device.
+
     Args:
-        base: the table with nothing selected; parts: for each phase, the layout with everything selected.
-        problem: B, H, T, S; sizes: queries and keys of the grid on which parts are classed.
-        Ht: tables for each batch row, 1, G or H.
+        base: the table with nothing selected; everything: with everything selected.
+        problem: B, H, T, S; Ht: tables for each batch row, 1, G or H.
     """
     B, H, T, S = problem
+    device = selected.blocks.device
     first_row, n_rows = start // _BLOCK, (start + T - 1) // _BLOCK - start // _BLOCK + 1
-    Bt = B if base.seg_ptr.shape[0] > 1 or selected.per_batch or any(part.per_batch for part in parts) else 1
+    Bt = B if selected.per_batch or base.seg_ptr.shape[0] > 1 or everything.seg_ptr.shape[0] > 1 else 1
+    n_phases, n_tables = base.seg_ptr.shape[3] // 2, Bt * Ht
     keys = _Keys(n_rows, base.seg_ptr_t.shape[2])
-    chosen = _chosen(selected, Bt, Ht, H, first_row, -(-S // _BLOCK), keys)
-    table = keys.table(chosen)
-    grids = _Grids(sizes, first_row, keys)
-    found, tiles, n_tiles = [], [base.mask_tiles], len(base.mask_tiles)
-    for phase, part in enumerate(parts):
-        old = _entries(base, phase, first_row, Bt, Ht, keys)
-        state = torch.empty_like(chosen)
-        # heads and batch rows that the static part does not tell apart are classed as one
-        variant = (table // Ht if part.per_batch else 0) * Ht + (table % Ht if part.per_head else 0)
-        variant = variant + torch.zeros_like(table)
-        for which in torch.unique(variant).tolist():
-            mine = variant == which
-            state[mine], new = grids.classify(part, which // Ht, which % Ht, chosen[mine], n_tiles)
-            tiles.append(new)
-            n_tiles += len(new)
+    none = n_tables * n_rows * keys.n_columns
+    chosen = _chosen(selected, Bt, Ht, H, first_row, -(-S // _BLOCK), keys, none)
+    fresh = chosen < none
+    fresh[1:] &= chosen[1:] != chosen[:-1]
+    table, row, block = keys.split(chosen)
+    # heads and batch rows that the static part does not tell apart share one of its tables
+    n_b, n_h = everything.seg_ptr.shape[:2]
+    shared = (table // Ht if n_b > 1 else 0) * n_h + (table % Ht if n_h > 1 else 0)
+    looked = keys.of(shared, row, block)
+    old_parts = _entries(base, first_row, Bt, Ht, keys, device)
+    new_parts = _entries(everything, first_row, n_b, n_h, keys, device)
+    by_query, by_key = (_Side(keys, n_tables, n_phases, transpose) for transpose in (False, True))
+    for phase, (old, new) in enumerate(zip(old_parts, new_parts, strict=True)):
+        by_query.add(phase, _RUN, old.run_key, old.run_count)
+        by_key.add(phase, _RUN, old.block_key, torch.ones_like(old.block_key))
         # where all is visible with nothing selected, selecting changes nothing
-        at = torch.searchsorted(old.run_key, chosen, right=True) - 1
-        covered = torch.zeros_like(chosen, dtype=torch.bool)
-        if len(old.run_key):
-            covered = (at >= 0) & (chosen < (old.run_key + old.run_count)[at.clamp(min=0)])
-        solid, tiled = chosen[(state == _FULL) & ~covered], (state >= 0) & ~covered
-        kept = ~torch.isin(old.tile_key, chosen, assume_unique=True)
-        tile_key = torch.cat([old.tile_key[kept], chosen[tiled]])
-        one = torch.ones_like(old.run_count)
-        runs = torch.stack([keys.row(old.run_key), one, keys.block(old.run_key), old.run_count], 1)
-        found.append(
-            Found(
-                phase,
-                keys.table(torch.cat([old.run_key, solid])),
-                torch.cat([runs, single_blocks(keys.row(solid), keys.block(solid))]),
-                keys.table(tile_key),
-                keys.row(tile_key),
-                keys.block(tile_key),
-                torch.cat([old.tile[kept], state[tiled]]),
-            )
-        )
-    seg_ptr, entries = assemble(found, Bt * Ht, n_rows, len(parts), transpose=False)
-    seg_ptr_t, entries_t = assemble(found, Bt * Ht, keys.n_columns, len(parts), transpose=True)
+        added = fresh & ~old.runs_over(chosen)
+        tile = new.tile_of(looked)
+        for side in (by_query, by_key):
+            side.add(phase, _RUN, chosen, torch.ones_like(chosen), added & new.runs_over(looked))
+            side.add(phase, _TILE, chosen, tile + len(base.mask_tiles), added & (tile >= 0))
+            side.add(phase, _TILE, old.tile_key, old.tile, ~_among(old.tile_key, chosen))
+    seg_ptr, entries = by_query.pack()
+    seg_ptr_t, entries_t = by_key.pack()
     return BlockTable(
         seg_ptr.reshape(Bt, Ht, n_rows, -1),
         entries,
         seg_ptr_t.reshape(Bt, Ht, keys.n_columns, -1),
         entries_t,
-        torch.cat(tiles),
+        _tiles(base, everything, device),
         _BLOCK,
         _BLOCK,
     )
 
 
-def _chosen(selected: SelectedBlocks, Bt: int, Ht: int, H: int, first_row: int, n_blocks: int, keys: _Keys) -> Tensor:
-    """Sorted keys of every selected block of Bt * Ht tables."""
-    lists, first = selected.blocks.cpu().long(), selected.first.cpu().long()
+def _chosen(
+    selected: SelectedBlocks, Bt: int, Ht: int, H: int, first_row: int, n_blocks: int, keys: _Keys, none: int
+) -> Tensor:
+    """Sorted keys of every selected block of Bt * Ht tables, `none` where a list names no block."""
+    lists, first, device = selected.blocks.long(), selected.first.long(), selected.blocks.device
     _, n_lists, n_listed, k = lists.shape
-    coordinate = torch.arange(first_row, first_row + keys.n_rows) * _BLOCK
-    row = (coordinate // selected.block - first[:, None]).expand(Bt, -1)
+    of_table = torch.arange(keys.n_rows, device=device)
+    row = ((of_table + first_row) * _BLOCK // selected.block - first[:, None]).expand(Bt, -1)
     listed = lists.expand(Bt, -1, -1, -1).gather(
         2, row.clamp(0, n_listed - 1)[:, None, :, None].expand(Bt, n_lists, keys.n_rows, k)
     )
@@ -235,60 +280,37 @@ def _chosen(selected: SelectedBlocks, Bt: int, Ht: int, H: int, first_row: int, 
     if n_lists == 1:
         listed = listed.expand(Bt, Ht, -1, -1)
     elif n_lists != Ht:
-        listed = listed[:, torch.arange(H) // selected.group]
+        listed = listed[:, torch.arange(H, device=device) // selected.group]
     share = selected.block // _BLOCK
-    block = torch.where(listed >= 0, listed * share, n_blocks)[..., None] + torch.arange(share)
-    table = torch.arange(Bt * Ht).reshape(Bt, Ht, 1, 1, 1)
-    key = keys.of(table, torch.arange(keys.n_rows)[:, None, None], block)
-    return torch.unique(key[block < n_blocks])
+    block = (listed * share)[..., None] + torch.arange(share, device=device)
+    table = torch.arange(Bt * Ht, device=device).reshape(Bt, Ht, 1, 1, 1)
+    key = keys.of(table, of_table[:, None, None], block)
+    return torch.where((block >= 0) & (block < n_blocks), key, none).flatten().sort().values
 
 
-def _entries(base: BlockTable, phase: int, first_row: int, Bt: int, Ht: int, keys: _Keys) -> _Entries:
-    """One phase of the base's rows from first_row on, repeated for Bt * Ht tables."""
-    seg_ptr = base.seg_ptr[:, :, first_row : first_row + keys.n_rows].long()
-    found = []
-    for kind in range(2):
-        starts, ends = seg_ptr[..., 2 * phase + kind], seg_ptr[..., 2 * phase + kind + 1]
-        counts = (ends - starts).flatten()
-        where = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        within = torch.arange(len(where)) - (counts.cumsum(0) - counts)[where]
-        block, payload = base.entries[starts.flatten()[where] + within].long().unbind(1)
-        of_table, row = where // keys.n_rows, where % keys.n_rows
-        per_table = torch.bincount(of_table, minlength=seg_ptr.shape[0] * seg_ptr.shape[1]).tolist()
-        pieces = [
-            torch.stack(columns) for columns in zip(*(x.split(per_table) for x in (row, block, payload)), strict=True)
-        ]
-        key, payloads = [], []
-        for table in range(Bt * Ht):
-            b, h = table // Ht % seg_ptr.shape[0], table % Ht % seg_ptr.shape[1]
-            row, block, payload = pieces[b * seg_ptr.shape[1] + h]
-            key.append(keys.of(torch.tensor(table), row, block))
-            payloads.append(payload)
-        found += [torch.cat(key), torch.cat(payloads)]
-    return _Entries(*found)
+@functools.lru_cache(maxsize=16)
+def _entries(
+    table: BlockTable, first_row: int, Bt: int, Ht: int, keys: _Keys, device: torch.device
+) -> tuple[_Entries, ...]:
+    """Each phase of a table's rows from first_row on, repeated for Bt * Ht tables."""
+    seg_ptr = table.seg_ptr[:, :, first_row : first_row + keys.n_rows].long()
+    # the rows of the table that serve each of the rows asked for
+    rows = torch.arange(seg_ptr.shape[0] * seg_ptr.shape[1] * keys.n_rows).reshape(*seg_ptr.shape[:3])
+    source = rows.expand(Bt, Ht, -1).flatten()
+    phases = []
+    for phase in range(seg_ptr.shape[3] // 2):
+        found = []
+        for kind in range(2):
+            starts, ends = (seg_ptr[..., 2 * phase + kind + side].flatten()[source] for side in range(2))
+            counts = ends - starts
+            row = torch.repeat_interleave(torch.arange(len(counts)), counts)
+            within = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+            block, payload = table.entries[starts[row] + within].long().unbind(1)
+            found += [row * keys.n_columns + block, payload]
+        phases.append(_Entries(int(found[1].sum()), *(x.to(device) for x in found)))
+    return tuple(phases)
 
 
-# what a block of the table is, where it is no tile
-_EMPTY, _FULL = -2, -1
-
-
-@dataclass(frozen=True)
-class _Grids:
-    """Classes given blocks of the table rather than all."""
-
-    sizes: tuple[int, int]
-    first_row: int
-    keys: _Keys
-
-    def classify(self, layout: Layout, b: int, h: int, key: Tensor, first_tile: int) -> tuple[Tensor, Tensor]:
-        """For each key _EMPTY, _FULL or its tile's number, and the new tiles."""
-        n_blocks = self.keys.n_rows * self.keys.n_columns
-        place, back = torch.unique(key % n_blocks, return_inverse=True)
-        q_block, k_block = self.keys.row(place) + self.first_row, self.keys.block(place)
-        grid = Grid(Axis(self.sizes[0], _BLOCK, None, 0), Axis(self.sizes[1], _BLOCK, None, 0), b, h)
-        some, every = layout.bounds(Region(grid, 0, q_block, k_block))
-        state = torch.where(every & some, _FULL, _EMPTY)
-        mixed = some & ~every
-        solid, tile, tiles = find_tiles(grid, layout, q_block[mixed], k_block[mixed])
-        state[mixed] = torch.where(solid, _FULL, torch.where(tile >= 0, tile + first_tile, _EMPTY))
-        return state[back], tiles
+@functools.lru_cache(maxsize=16)
+def _tiles(base: BlockTable, everything: BlockTable, device: torch.device) -> Tensor:
+    return torch.cat([base.mask_tiles, everything.mask_tiles]).to(device)

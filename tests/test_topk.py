@@ -276,6 +276,45 @@ def test_lists_need_not_be_those_of_the_kv_heads(block, groups, seed):
     assert torch.equal(got.repeat_interleave(4 // got.shape[1], 1), dense(layout, 250, 250, 4, 1))
 
 
+@pytest.mark.parametrize("in_phases", [False, True])
+@pytest.mark.parametrize(
+    ("T", "narrower"),
+    [(333, lcattn.Documents(torch.arange(333)[None] // 200)), (333, lcattn.Causal()), (1, lcattn.Causal())],
+    ids=["documents", "prefill", "decode"],
+)
+def test_the_table_is_built_on_the_device_in_sizes_known_beforehand(T, narrower, in_phases):
+    near = lcattn.Window(50, 5)
+    phases = (near, Not(near)) if in_phases else ()
+
+    def table(device: str, seed: int):
+        draw = Draw(seed)
+        q, k, _ = (t.to(device) for t in tensors(draw, Shape(2, 4, 2, T, 333, 16)))
+        layout = (lcattn.Chunked(40) | TopKBlocks(2).select(q, k)) & narrower
+        return call_table(layout, phases, 2, 4, 2, T, 333, None, None)[0]
+
+    # a meta tensor has no values, so whoever asks for one fails
+    there, (here, again) = table("meta", 0), (table("cpu", seed) for seed in (1, 2))
+    assert not torch.equal(here.entries, again.entries)
+    for name in ("seg_ptr", "entries", "seg_ptr_t", "entries_t", "mask_tiles"):
+        assert getattr(there, name).device.type == "meta"
+        assert getattr(there, name).shape == getattr(here, name).shape == getattr(again, name).shape
+
+
+def test_a_function_joined_by_and_is_asked_of_what_is_seen_alone(seed):
+    asked = 0
+
+    def odd(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        nonlocal asked
+        asked += torch.broadcast_tensors(q_idx, kv_idx)[0].numel()
+        return (q_idx + kv_idx) % 2 == 1
+
+    q, k, v = tensors(Draw(seed), Shape(1, 1, 1, 4096, 4096, 8))
+    layout = (lcattn.Chunked(64) | TopKBlocks(1)) & lcattn.FromMaskMod(odd)
+    lcattn.attention(q, k, v, layout=layout)
+    # two chunks and a block for each of 64 blocks of queries, and the few pairs that tracing asks for
+    assert asked <= 64 * 3 * 64**2 + 8
+
+
 def test_a_table_names_no_pair_twice(seed):
     q, k, _ = tensors(Draw(seed), Shape(1, 2, 2, 700, 700, 8))
     layout = (lcattn.Chunked(100) | TopKBlocks(3).select(q, k)) & lcattn.Causal()

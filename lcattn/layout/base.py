@@ -44,6 +44,7 @@ class Layout:
         tensors: tensors the layout reads (`Documents`, `Blocks`); they travel beside the spec.
         per_batch, per_head: whether the pattern differs between batch rows or heads.
         by_index: whether the pattern reads plain indices or lengths, not only coordinates.
+        scattered: whether a query may see blocks that do not form a few runs, as a rule.
         by_content: whether the pattern depends on q and k and must first be selected (`TopKBlocks`).
     """
 
@@ -52,6 +53,7 @@ class Layout:
     per_batch: bool = False
     per_head: bool = False
     by_index: bool = False
+    scattered: bool = False
     by_content: bool = False
 
     def visible(self, q_pos: Tensor, k_pos: Tensor, ctx: Context) -> Tensor:
@@ -151,6 +153,7 @@ class Joined(Layout):
         set_fields(self, spec=spec, tensors=tensors, by_index=any(p.by_index for p in self.parts))
         set_fields(self, per_batch=any(p.per_batch for p in self.parts), per_head=any(p.per_head for p in self.parts))
         set_fields(self, by_content=any(p.by_content for p in self.parts))
+        set_fields(self, scattered=any(p.scattered for p in self.parts))
 
     def map_leaves(self, change: Callable[[Layout], Layout]) -> Layout:
         kind: Any = type(self)
@@ -215,7 +218,7 @@ class Not(Layout):
     def __post_init__(self) -> None:
         set_fields(self, spec=f"Not({self.part.spec})", tensors=self.part.tensors, by_index=self.part.by_index)
         set_fields(self, per_batch=self.part.per_batch, per_head=self.part.per_head)
-        set_fields(self, by_content=self.part.by_content)
+        set_fields(self, by_content=self.part.by_content, scattered=self.part.scattered)
 
     def map_leaves(self, change: Callable[[Layout], Layout]) -> Layout:
         return Not(self.part.map_leaves(change))

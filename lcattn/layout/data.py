@@ -108,6 +108,8 @@ class Blocks(Layout):
     mask: Tensor
     block: int = 64
 
+    scattered = True
+
     def __post_init__(self) -> None:
         check_int("Blocks", "block", self.block, 1)
         if not isinstance(self.mask, Tensor) or self.mask.dim() != 4 or self.mask.dtype != torch.bool:
@@ -169,6 +171,8 @@ class FromMaskMod(Layout):
     """
 
     mask_mod: Callable[..., Any]
+
+    scattered = True
 
     def __post_init__(self) -> None:
         if not callable(self.mask_mod):

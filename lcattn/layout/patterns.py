@@ -160,7 +160,7 @@ class Global(Layout):
             if not isinstance(self.indices, Sequence) or not all(isinstance(i, int) for i in self.indices):
                 raise ValueError(f"Global: indices must be a sequence of integers, got {self.indices!r}")
             set_fields(self, indices=tuple(sorted(set(self.indices))))
-        set_fields(self, spec=f"Global({given[0]}={getattr(self, given[0])})")
+        set_fields(self, spec=f"Global({given[0]}={getattr(self, given[0])})", scattered=self.first is None)
 
     def _below(self, position: Tensor) -> Tensor:
         """How many global coordinates lie below `position` (from any fixed start)."""
@@ -204,6 +204,8 @@ class Bridge(Layout):
     """
 
     every: int
+
+    scattered = True
 
     def __post_init__(self) -> None:
         check_int("Bridge", "every", self.every, 1)
@@ -253,6 +255,8 @@ class Dilated(Layout):
     right: int
     step: int
 
+    scattered = True
+
     def __post_init__(self) -> None:
         check_int("Dilated", "left", self.left, 0)
         check_int("Dilated", "right", self.right, 0)
@@ -286,6 +290,8 @@ class Random(Layout):
     block: int
     blocks_per_row: int
     seed: int = 0
+
+    scattered = True
 
     def __post_init__(self) -> None:
         check_int("Random", "block", self.block, 1)

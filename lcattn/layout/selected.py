@@ -298,11 +298,12 @@ class TopKBlocks(Layout):
         if self.per == "kv" and scores.shape[1] != G:
             scores = scores.unflatten(1, (G, -1)).mean(2)
         scores = scores.masked_fill(~may, -torch.inf)
-        _require(
-            ~scores.isnan().any(),
-            "TopKBlocks: scorer gave NaN; the first query of a block is NaN where the call does not hold it, as in"
-            " decoding, where a scorer must read keys alone",
-        )
+        if self.scorer is not None:
+            _require(
+                ~scores.isnan().any(),
+                "TopKBlocks: scorer gave NaN; the first query of a block is NaN where the call does not hold it, as in"
+                " decoding, where a scorer must read keys alone",
+            )
         return scores
 
 
