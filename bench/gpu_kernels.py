@@ -153,20 +153,22 @@ def _triton(dtype: torch.dtype, head_dim: int, with_bias: bool, number: int) -> 
     return of_triton(triton_compile(forward._forward, grid=grid, arch=number, **values), number)
 
 
+_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+
 KERNELS = {
     **{
         f"cuda {name} d{head_dim}": Kernel(
             partial(_cuda, dtype, head_dim), head_dim, (64, 64), f"plain cuda d{head_dim}"
         )
-        for name, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16))
+        for name, dtype in _DTYPES.items()
         for head_dim in (64, 128)
     },
     **{
-        f"triton bf16 d{head_dim}{' bias' if with_bias else ''}": Kernel(
-            partial(_triton, torch.bfloat16, head_dim, with_bias), head_dim, (64, 64), f"plain d{head_dim} 64x64"
+        f"triton {name} d{head_dim}{' bias' if with_bias else ''}": Kernel(
+            partial(_triton, _DTYPES[name], head_dim, with_bias), head_dim, (64, 64), f"plain d{head_dim} 64x64"
         )
         for head_dim in (64, 128)
-        for with_bias in (False, True)
+        for name, with_bias in (("bf16", False), ("bf16", True), ("f16", False))
     },
     **{f"plain cuda d{d}": Kernel(PlainCuda(d).compile, d, (64, 64)) for d in (64, 128)},
     "plain d64 64x64": Kernel(partial(_yardstick, 64, (64, 64), 4, 2), 64, (64, 64)),
