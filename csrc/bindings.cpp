@@ -2,8 +2,8 @@
 // would crash, and calls the kernels of the selected instruction set.
 //
 // The operators go through LibTorch's stable ABI, so one build serves many torch versions; pybind11
-// carries lcattn._C: build info, the instruction set, test hooks. That entries of the block table
-// and of turn_at are in range is trusted.
+// carries lcattn._C: build info, the instruction set, planned forwards, test hooks. That entries of
+// the block table and of turn_at are in range is trusted.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -390,6 +390,31 @@ void cpu_forward(StableIValue* stack, uint64_t, uint64_t) {
   selected.load()->forward(p, torch_threads());
 }
 
+// a forward that will be repeated: its Problem as bytes
+void cpu_forward_plan(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments args(stack);
+  const Inputs in = take_inputs(args);
+  const Tensor out = args.take<Tensor>(), lse = args.take<Tensor>(), plan = args.take<Tensor>();
+  const Problem p = make_problem(in, out, lse, std::nullopt);
+  require(p.n_q == 1 && p.n_k == 1 && p.n_v == 1 && !p.turn_table,
+          "a plan is of one q, one k and one v, with keys that need not be turned");
+  expect(plan, "plan", ScalarType::Byte, {{static_cast<int64_t>(sizeof p)}}, true);
+  std::memcpy(data<char>(plan), &p, sizeof p);
+}
+
+// the addresses of a plan, and of tensors shaped and laid out as those that it was made of
+void run_cpu_plan(uintptr_t plan, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out,
+                  uintptr_t lse) {
+  Problem p;
+  std::memcpy(&p, reinterpret_cast<const void*>(plan), sizeof p);
+  p.q[0].data = reinterpret_cast<void*>(q);
+  p.k[0].data = reinterpret_cast<void*>(k);
+  p.v[0].data = reinterpret_cast<void*>(v);
+  p.out.data = reinterpret_cast<void*>(out);
+  p.lse = reinterpret_cast<float*>(lse);
+  selected.load()->forward(p, torch_threads());
+}
+
 void cpu_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack);
   const Inputs in = take_inputs(args);
@@ -534,6 +559,7 @@ void cuda_forward(StableIValue* stack, uint64_t, uint64_t) {
 STABLE_TORCH_LIBRARY_FRAGMENT(lcattn, m) {
   const std::string outputs = "Tensor(a!) out, Tensor(b!) lse";
   m.def(schema("cpu_forward", outputs + ", Tensor(c!)? lse_rest").c_str());
+  m.def(schema("cpu_forward_plan", outputs + ", Tensor(c!) plan").c_str());
   m.def(schema("cpu_backward",
                "Tensor seg_ptr_t, Tensor entries_t, Tensor out, Tensor lse, Tensor lse_rest, "
                "Tensor dout, Tensor? dlse, Tensor(a!)[] dq, Tensor(b!)[] dk, Tensor(c!)[] dv, "
@@ -547,6 +573,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcattn, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(lcattn, CPU, m) {
   m.impl("cpu_forward", cpu_forward);
+  m.impl("cpu_forward_plan", cpu_forward_plan);
   m.impl("cpu_backward", cpu_backward);
   m.impl("cpu_turn", cpu_turn);
   m.impl("cuda_forward_plan", cuda_forward_plan);
@@ -576,11 +603,14 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() =
-      "Build info, the CPU instruction set and test hooks; the operators are in torch.ops.lcattn.";
+      "Build info, the CPU instruction set, planned forwards and test hooks; the operators are in "
+      "torch.ops.lcattn.";
   m.def("build_info", build_info);
   m.def("cpu_isas", cpu_isas);
   m.def("cpu_isa", [] { return selected.load()->isa; });
   m.def("set_cpu_isa", set_cpu_isa, pybind11::arg("name"));
+  m.def("run_cpu_plan", run_cpu_plan, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.attr("cpu_plan_bytes") = sizeof(Problem);
   m.attr("cuda_plan_bytes") = kCudaPlanBytes;
   m.def("poison_scratch", [](bool on) { cpu::poison_scratch = on; }, pybind11::arg("on"));
 }

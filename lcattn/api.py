@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, plan
 from . import position as positions
-from .dispatch import check_name
+from .cpu import CpuBackend
+from .dispatch import check_name, select
 from .layout import Full, Layout, TopKBlocks
 from .position import Position
 from .problem import Problem
@@ -95,7 +96,13 @@ def attention_with_lse(
     sink. Parts computed over disjoint keys join with `merge`.
     """
     backend = check_name(backend)
-    problem = make_problem(q, k, v, layout, position, scale, softcap, sink, key_mask, q_pos, k_pos, dropout)
+    call = (q, k, v, layout, position, scale, softcap, sink, key_mask, q_pos, k_pos, dropout)
+    key = plan.key(*call, backend)
+    if key is not None and (known := plan.find(key)) is not None:
+        return known(q, k, v)
+    problem = make_problem(*call)
+    if key is not None and isinstance(select(problem, backend, differentiable=False), CpuBackend):
+        return plan.make(key, problem)(q, k, v)
     return ops.attention(problem, backend)
 
 

@@ -21,7 +21,7 @@ except ImportError as error:  # a source tree whose extension was not built
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
 # kDecodeRows of csrc/cpu/kernels.h: up to so many rows of queries a kv head the kernel turns keys as it reads them
-_DECODE_ROWS = 16
+MAX_DECODE_ROWS = 16
 
 
 def cpu_kernels_exist() -> bool:
@@ -53,7 +53,7 @@ class CpuBackend:
 
     def forward(self, problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:
         q = problem.q[0]
-        if differentiable or q.shape[2] * (q.shape[1] // problem.k[0].shape[1]) > _DECODE_ROWS:
+        if differentiable or q.shape[2] * (q.shape[1] // problem.k[0].shape[1]) > MAX_DECODE_ROWS:
             problem = problem.turned()
         _, inputs = kernel_inputs(problem)
         out = torch.empty_like(q)

@@ -95,6 +95,7 @@ def test_build_info_describes_this_build() -> None:
     ("op", "written"),
     [
         ("cpu_forward", "out lse lse_rest"),
+        ("cpu_forward_plan", "out lse plan"),
         ("cpu_backward", "dq dk dv dbias dslope drel_key drel_query dqr dkr dsink"),
         ("cpu_turn", "out"),
     ],
@@ -187,6 +188,17 @@ def test_bad_turns_name_themselves(table: torch.Tensor, at: tuple[int, ...], mes
     problem = one_key_problem() | {"turn_table": table, "turn_at": torch.zeros(at, dtype=torch.int32)}
     with pytest.raises(RuntimeError, match=re.escape(message)):
         forward(problem)
+
+
+@pytest.mark.kernels
+def test_a_plan_is_of_three_tensors_and_as_long_as_it_is() -> None:
+    problem = one_key_problem()
+    inputs = [problem[name] for name in FORWARD_NAMES if name != "lse_rest"]
+    with pytest.raises(RuntimeError, match=rf"plan must be Byte \[{_C.cpu_plan_bytes}\]"):
+        torch.ops.lcattn.cpu_forward_plan(*inputs, torch.zeros(8, dtype=torch.uint8))
+    inputs[0] = problem["q"] * 2
+    with pytest.raises(RuntimeError, match="a plan is of one q, one k and one v"):
+        torch.ops.lcattn.cpu_forward_plan(*inputs, torch.zeros(_C.cpu_plan_bytes, dtype=torch.uint8))
 
 
 @pytest.mark.kernels

@@ -18,6 +18,8 @@ namespace {
 // a part is at least so many key blocks; there are about so many parts for each thread
 constexpr int64_t kMinPart = 8;
 constexpr int64_t kPartsPerThread = 4;
+// rows asked for ahead of their use; a block of them ahead cost 15% of the time
+constexpr int64_t kRowsAhead = 16;
 
 struct Unit {
   int64_t b, g, head, n_heads, query, n_queries;
@@ -38,8 +40,8 @@ struct Source {
 
   LCATTN_INLINE const char* row(int64_t index) const { return data + index * stride_bytes; }
   // a row is short and the next is not always beside it: the processor's own prefetch falls behind
-  LCATTN_INLINE void prefetch_next_block(int64_t index, int64_t dim) const {
-    __builtin_prefetch(row(index + kBlock) + dim * element_bytes(dtype), 0, 2);
+  LCATTN_INLINE void prefetch_ahead(int64_t index, int64_t dim) const {
+    __builtin_prefetch(row(index + kRowsAhead) + dim * element_bytes(dtype), 0, 3);
   }
 };
 
@@ -140,7 +142,7 @@ class DecodeTile {
 #pragma GCC unroll 16
         for (int i = 0; i < kKeys; ++i) {
           const Vec key = load_vector(keys.row(first + i), d, kType);
-          keys.prefetch_next_block(first + i, d);
+          keys.prefetch_ahead(first + i, d);
 #pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r)
             sums[r * kKeys + i] = fma(part[r], key, sums[r * kKeys + i]);
@@ -184,7 +186,7 @@ class DecodeTile {
 #pragma GCC unroll 4
       for (int c = 0; c < kVectors; ++c) {
         value[c] = load_vector(values.row(k), d + c * kWidth, kType);
-        values.prefetch_next_block(k, d + c * kWidth);
+        values.prefetch_ahead(k, d + c * kWidth);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {

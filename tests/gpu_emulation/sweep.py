@@ -33,7 +33,7 @@ from .tools import find_tool, tool_version
 ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "bench" / "gpu_emulation.json"
 # what the results of a kernel depend on
-SOURCES = ("csrc/cuda", "csrc/common", "triton_kernels", "lcattn/inputs.py", "lcattn/gpu.py")
+SOURCES = ("csrc/cuda", "csrc/common", "csrc/bindings.cpp", "triton_kernels", "lcattn/inputs.py", "lcattn/gpu.py")
 BACKENDS = {backend.name: backend for backend in (EmulatedCuda(), EmulatedTriton())}
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
@@ -45,7 +45,7 @@ def kernels_hash() -> str:
     for source in SOURCES:
         path = ROOT / source
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.suffix in (".cu", ".cuh", ".h", ".py"):
+            if file.suffix in (".cu", ".cuh", ".cpp", ".h", ".py"):
                 digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 

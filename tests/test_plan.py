@@ -1,0 +1,161 @@
+"""Forwards that are repeated by a plan: the same bits as without one, and errors as ever."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+import lcattn
+from lcattn import dispatch, plan
+from lcattn.api import make_problem
+from lcattn.cases import Draw
+
+LAYOUTS = {
+    "full": lcattn.Full(),
+    "chunked": (lcattn.Chunked(40) | lcattn.Global(3)) & lcattn.Causal(),
+    "per_head": lcattn.PerHead([lcattn.Causal(), lcattn.Window(20, 0), lcattn.Chunked(30), lcattn.Full()]),
+    "function": lcattn.FromMaskMod(lambda b, h, q_idx, kv_idx: (q_idx + kv_idx) % 3 != 1),
+    "nothing": lcattn.Window(0, 0) & lcattn.Chunked(8, 0),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_plans(monkeypatch):
+    monkeypatch.setattr(plan, "_plans", {})
+
+
+def unplanned(call: dict) -> tuple[Tensor, Tensor]:
+    names = ("position", "scale", "softcap", "sink", "key_mask", "q_pos", "k_pos")
+    values = {**dict.fromkeys(names), "dropout": 0.0, **call}
+    return dispatch.BACKENDS["cpu"].forward(make_problem(**values), False)[:2]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("T", [1, 5, 16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_repeated_call_gives_the_bits_of_one_without_a_plan(layout, T, dtype, seed):
+    draw = Draw(seed)
+
+    def call(strided: bool) -> dict:
+        q, k, v = (draw.normal(2, n, length, 24, dtype=dtype) for n, length in ((4, T), (2, 90), (2, 90)))
+        if strided:
+            q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+        return {"q": q, "k": k, "v": v, "layout": LAYOUTS[layout]}
+
+    table, sink = draw.normal(4, 60), draw.normal(4)
+    more = {"position": lcattn.RelativeBias(table, -50), "sink": sink, "softcap": 3.0, "scale": 0.3}
+    for n_plans, (strided, given) in enumerate(((False, {}), (True, {}), (False, more), (True, more)), start=1):
+        for _ in range(3):
+            now = call(strided) | given
+            got, want = lcattn.attention_with_lse(**now), unplanned(now)
+            assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(got, want, strict=True))
+            assert len(plan._plans) == n_plans
+            # values may change where they lie
+            table.copy_(draw.normal(4, 60))
+            sink.copy_(draw.normal(4))
+
+
+@torch.no_grad()
+def test_what_may_differ_has_a_plan_of_its_own(seed):
+    draw = Draw(seed)
+    q, k, v = draw.normal(1, 4, 1, 16), draw.normal(1, 2, 200, 16), draw.normal(1, 2, 200, 16)
+    table, layout = draw.normal(4, 30), lcattn.Causal()
+    base = {"q": q, "k": k, "v": v, "layout": layout, "position": lcattn.RelativeBias(table, -20)}
+    changes = [
+        {},
+        {"k": k[:, :, :150], "v": v[:, :, :150]},
+        {"q": q.transpose(1, 3).contiguous().transpose(1, 3)},
+        {"layout": lcattn.Chunked(50)},
+        {"position": None},
+        {"position": lcattn.RelativeBias(table, -19)},
+        {"position": lcattn.RelativeBias(table[:1], -20)},
+        {"position": lcattn.RelativeBias(draw.normal(4, 30), -20)},
+        {"sink": draw.normal(4)},
+        {"scale": 0.5},
+        {"softcap": 2.0},
+        {"q": q.bfloat16(), "k": k.bfloat16(), "v": v.bfloat16()},
+        {"q": q.expand(3, -1, -1, -1), "k": k.expand(3, -1, -1, -1), "v": v.expand(3, -1, -1, -1)},
+    ]
+    for _ in range(2):
+        for change in changes:
+            call = base | change
+            got, want = lcattn.attention_with_lse(**call), unplanned(call)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), change
+    assert len(plan._plans) == len(changes)
+
+
+def test_calls_that_can_have_no_plan_have_none(seed):
+    draw = Draw(seed)
+    q, k, v = draw.normal(1, 2, 1, 16), draw.normal(1, 2, 50, 16), draw.normal(1, 2, 50, 16)
+    table = draw.normal(2, 30)
+    calls = [
+        {"q": draw.normal(1, 2, 17, 16)},
+        {"key_mask": torch.ones(1, 50, dtype=torch.bool)},
+        {"q_pos": torch.tensor([49])},
+        {"k_pos": torch.arange(50)},
+        {"dropout": 0.5},
+        {"backend": "reference"},
+        {"layout": lcattn.Documents(torch.zeros(1, 50, dtype=torch.int32))},
+        {"layout": lcattn.TopKBlocks(1, 16) | lcattn.Window(9, 0)},
+        {"position": lcattn.Alibi(torch.ones(2))},
+        {"position": [lcattn.RelativeBias(table, 0)]},
+        {"position": lcattn.RelativeBias(table.bfloat16(), 0)},
+        {"position": lcattn.RelativeBias(table.T.contiguous().T, 0)},
+        {"position": lcattn.RelativeBias(table.clone().requires_grad_(), 0)},
+        {"q": q.clone().requires_grad_()},
+        {"sink": torch.zeros(2, dtype=torch.bfloat16)},
+    ]
+    for change in calls:
+        lcattn.attention(**({"q": q, "k": k, "v": v} | change))
+        assert not plan._plans, change
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert lcattn.attention(q, k, v).dtype == torch.bfloat16
+    assert not plan._plans
+    # but a gradient that nobody asks for is no hindrance
+    with torch.no_grad():
+        lcattn.attention(q.clone().requires_grad_(), k, v)
+    assert len(plan._plans) == 1
+
+
+@torch.no_grad()
+def test_errors_are_those_of_any_call(seed):
+    draw = Draw(seed)
+    q, k, v = draw.normal(1, 2, 1, 16), draw.normal(1, 2, 50, 16), draw.normal(1, 2, 50, 16)
+    lcattn.attention(q, k, v)
+    for change, message in (
+        ({"v": v[..., :8]}, "v: expected"),
+        ({"v": v[:, :, :49]}, "v: expected the shape of k"),
+        ({"k": k.double()}, "k: expected dtype"),
+        ({"k": k[:, :, :1].expand(1, 2, 50, 16)}, "k: its length dimension has stride 0"),
+        ({"scale": float("nan")}, "scale: expected a finite number"),
+        ({"position": lcattn.RelativeBias(torch.zeros(3, 4), 0)}, "RelativeBias: table must have 2 heads"),
+        ({"sink": torch.zeros(3)}, "sink: expected"),
+        ({"layout": lcattn.PerHead([lcattn.Full()])}, "PerHead: expected 2 layouts"),
+    ):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                lcattn.attention(**({"q": q, "k": k, "v": v} | change))
+    with pytest.raises(RuntimeError, match="no backend can compute this call"):
+        lcattn.attention(q.double(), k.double(), v.double())
+    with pytest.raises(TypeError, match="q: expected a tensor"):
+        lcattn.attention([1.0], k, v)
+    assert len(plan._plans) == 1
+
+
+@torch.no_grad()
+def test_plans_are_few_and_keep_no_keys(seed, monkeypatch):
+    monkeypatch.setattr(plan, "_MAX_PLANS", 3)
+    draw = Draw(seed)
+    q = draw.normal(1, 2, 1, 16)
+    for S in range(40, 50):
+        k = draw.normal(1, 2, S, 16)
+        kept = weakref.ref(k)
+        lcattn.attention(q, k, k)
+        del k
+        gc.collect()
+        assert kept() is None
+        assert len(plan._plans) <= 3
