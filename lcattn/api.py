@@ -160,10 +160,7 @@ def make_problem(
     softcap = _check_number("softcap", softcap or 0.0)
     if softcap < 0:
         raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
-    dropout = _check_number("dropout", dropout)
-    # kernels take it as a float32, of which this is the last below 1
-    if not 0 <= dropout <= 1 - 2**-24:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    dropout = check_dropout(dropout)
     if sink is not None and (sink.shape != (H,) or not sink.is_floating_point()):
         raise ValueError(f"sink: expected [{H}] floats, one a query head, got {list(sink.shape)} {sink.dtype}")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape not in ((B, S), (1, S))):
@@ -269,6 +266,14 @@ def _check_number(name: str, value: float) -> float:
     # compared rather than asked, since a tracer may hold a symbol here
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+def check_dropout(value: float) -> float:
+    value = _check_number("dropout", value)
+    # kernels take it as a float32, of which this is the last below 1
+    if not 0 <= value <= 1 - 2**-24:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {value}")
     return value
 
 

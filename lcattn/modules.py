@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops, reference
-from .api import attention, make_problem, merge
+from .api import attention, check_dropout, make_problem, merge
 from .dispatch import check_name
 from .layout import Blocks, Causal, Chunked, Full, Global, Layout
 from .position import Position, RelativeBias, Terms
@@ -293,7 +293,7 @@ class ChunkedSelfAttention(nn.Module):
             raise ValueError(f"n_global: expected 0 or more, got {n_global}")
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads
-        self.dropout = _check_dropout(dropout)
+        self.dropout = check_dropout(dropout)
 
         layout: Layout = Chunked(chunk, lookback, lookahead)
         if n_global:
@@ -506,12 +506,6 @@ def _check_layout(layout: Any, name: str = "layout") -> Layout:
     if not isinstance(layout, Layout):
         raise TypeError(f"{name}: expected a layout such as Causal(), got {type(layout).__name__}")
     return layout
-
-
-def _check_dropout(dropout: float) -> float:
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-    return dropout
 
 
 def _and(layout: Layout, other: Layout) -> Layout:

@@ -322,7 +322,7 @@ BAD_MODULES = {
     ),
     "also": (lambda: ChunkedSelfAttention(E, H, 8, also="Full()"), TypeError, "also: expected a layout"),
     "dropout": (
-        lambda: ChunkedSelfAttention(E, H, 8, dropout=1.0),
+        lambda: ChunkedSelfAttention(E, H, 8, dropout=1 - 1e-9),
         ValueError,
         "dropout: expected a probability",
     ),
