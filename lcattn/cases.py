@@ -323,10 +323,17 @@ def _with_expanded_heads(draw: Draw, p: Problem) -> Problem:
     return _relaid(p, ("k", "v"), lambda t: t[:, :1].expand_as(t))
 
 
+def _with_saturated_scores(draw: Draw, p: Problem) -> Problem:
+    """All far up the softcap's tanh, where 1 - tanh^2 has lost most of its digits."""
+    bias = p.q[0].new_zeros(1, 1, 1, dtype=torch.float32) if p.bias is None else p.bias
+    return dataclasses.replace(p, softcap=3.0, bias=bias + 20.0)
+
+
 VARIANTS: dict[str, Callable[[Draw, Problem], Problem]] = {
     "plain": lambda draw, p: p,
     "sink": lambda draw, p: dataclasses.replace(p, sink=draw.normal(p.sizes[1], std=3)),
     "softcap": lambda draw, p: dataclasses.replace(p, softcap=5.0),
+    "saturated": _with_saturated_scores,
     "dropout": _with_dropout,
     "key_mask": _with_key_mask,
     "empty_rows": _with_empty_rows,

@@ -253,9 +253,17 @@ DEFECTS = (
     Defect(
         "softcap not differentiated",
         "backward",
-        "slope = one - share * share;",
-        "slope = one;",
+        "slope = capped.slope;",
+        "slope = broadcast(1.0f);",
         "causal-none-softcap",
+        SQUARE,
+    ),
+    Defect(
+        "softcap differentiated by what rounding left of its square",
+        "backward",
+        "slope = capped.slope;",
+        "slope = broadcast(1.0f) - (score * broadcast(1.0f / cap)) * (score * broadcast(1.0f / cap));",
+        "causal-none-saturated",
         SQUARE,
     ),
     Defect(

@@ -4,7 +4,7 @@
 //
 //   s  = all terms of the score in units of log2, capped if there is a softcap
 //   p  = 2^(s - lse),   dropped = keep p / (1 - dropout)
-//   ds = p (keep dp / (1 - dropout) - delta) (1 - (s / softcap)^2)
+//   ds = p (keep dp / (1 - dropout) - delta) tanh'(s before the cap / softcap)
 //
 //   dqr_i = scale sum_j ds_ij rel_key[c_ij]      drel_key[c]   = scale sum of ds_ij qr_i at c
 //   dkr_j = scale sum_i ds_ij rel_query[c_ij]    drel_query[c] = scale sum of ds_ij kr_j at c
@@ -87,17 +87,16 @@ class SlowTile {
       kept_bits(p_, tile.b, tile.h, tile.query, tile.rows, tile.key, kept);
       transpose(kept);
     }
-    const Vec one = broadcast(1.0f);
     const float cap = p_.softcap * kLog2e;
     const Vec keep_factor = broadcast(1.0f / (1.0f - p_.dropout));
     for (int64_t r = 0; r < tile.rows; ++r) {
       for (int64_t j = 0; j < kBlock; j += kWidth) {
         const int64_t at = r * kBlock + j;
-        Vec score = load(scores_ + at) + terms.at(r, j), slope = one;
+        Vec score = load(scores_ + at) + terms.at(r, j), slope = broadcast(1.0f);
         if (cap > 0.0f) {
-          score = soft_cap(score, cap);
-          const Vec share = score * broadcast(1.0f / cap);
-          slope = one - share * share;
+          const Tanh capped = tanh_and_slope(score * broadcast(1.0f / cap));
+          score = broadcast(cap) * capped.value;
+          slope = capped.slope;
         }
         const Mask seen = lanes_of(tile.visible->bits, r, j);
         const Vec shifted = score + broadcast(tile.minus_lse[r]) + broadcast(tile.minus_rest[r]);

@@ -330,8 +330,13 @@ LCATTN_INLINE Vec exp2(Vec x) {
 }
 #endif
 
-// tanh, Cephes' rational split: an odd polynomial near 0, 1 - 2 / (e^2|x| + 1) elsewhere
-LCATTN_INLINE Vec tanh(Vec x) {
+struct Tanh {
+  Vec value, slope;
+};
+
+// tanh, Cephes' rational split: an odd polynomial near 0, 1 - 2 / (e^2|x| + 1) elsewhere. Its slope
+// is 1 - tanh^2, of which near 1 the square would leave nothing but its rounding.
+LCATTN_INLINE Tanh tanh_and_slope(Vec x) {
   const Vec size = abs(x), square = x * x;
   Vec p = broadcast(-5.70498872745e-3f);
   p = fma(p, square, broadcast(2.06390887954e-2f));
@@ -339,11 +344,14 @@ LCATTN_INLINE Vec tanh(Vec x) {
   p = fma(p, square, broadcast(1.33314422036e-1f));
   p = fma(p, square, broadcast(-3.33332819422e-1f));
   const Vec near = fma(p * square, x, x);
-  const Vec one = broadcast(1.0f);
-  const Vec far = one - broadcast(2.0f) / (exp2(size * broadcast(2.0f * kLog2e)) + one);
+  const Vec one = broadcast(1.0f), two = broadcast(2.0f);
+  const Vec rest = two / (exp2(size * broadcast(2.0f * kLog2e)) + one);
   const IVec sign = (IVec)x & broadcast(INT32_MIN);
-  return select(less(size, broadcast(0.625f)), near, (Vec)((IVec)far | sign));
+  const Vec far = (Vec)((IVec)(one - rest) | sign);
+  return {select(less(size, broadcast(0.625f)), near, far), rest * (two - rest)};
 }
+
+LCATTN_INLINE Vec tanh(Vec x) { return tanh_and_slope(x).value; }
 
 // While it lives, results too small for a normal float become 0: products with subnormals are slow,
 // and exponentials far below their row's maximum would be subnormal. Inputs are read as they are.
