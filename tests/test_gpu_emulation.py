@@ -147,6 +147,26 @@ def _one(statement: str) -> str:
     )
 
 
+def _shared_arrays(offset: int) -> torch.Tensor:
+    """Stores into the first of two arrays of 12 and 16 bytes and at an offset from it; returns where the second is."""
+    statement = f""".shared .align 4 .b8 first[12]; .shared .align 16 .b8 second[16];
+        mov.u32 %a, first; st.shared.u32 [%a+8], %b; st.shared.u32 [%a+{offset}], %b;
+        mov.u32 %b, second; mov.u32 %a, %total_smem_size; ld.param.u64 %w, [p]; st.global.v2.u32 [%w], {{%a, %b}};"""
+    with Memory() as memory:
+        out = memory.empty((2,), torch.int32)
+        emulate(_one(statement), "one", (1, 1, 1), (1, 1, 1), 64, args=[out, 0])
+        return out.clone()
+
+
+def test_shared_arrays_lie_apart() -> None:
+    """But a kernel's bytes are those that hardware would give it."""
+    total, second = _shared_arrays(0).tolist()
+    assert total == 32 + 64 and second % 16 == 0
+    for offset in (12, 16, 36, second - 4):
+        with pytest.raises(EmulationError, match="out of bounds: between arrays: 4-byte write of shared memory"):
+            _shared_arrays(offset)
+
+
 @pytest.mark.parametrize(
     ("statement", "message"),
     [

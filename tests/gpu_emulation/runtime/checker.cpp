@@ -199,8 +199,11 @@ void check_states(const Checked& checked) {
   const uint8_t unwanted = access == Access::kCopyDone ? 0 : kPending;
   if (are_all(state, checked.bytes, wanted | unwanted, wanted)) return;
   for (uint32_t i = 0; i < checked.bytes; ++i) {
-    if (!(state[i] & kOwned))
-      report(checked, checked.offset + i, "out of bounds: in a gap between the tensor's rows");
+    if (!(state[i] & kOwned)) {
+      report(checked, checked.offset + i,
+             checked.region.is_shared ? "out of bounds: between arrays"
+                                      : "out of bounds: in a gap between the tensor's rows");
+    }
     if ((state[i] & kPending) && access != Access::kCopyDone) {
       const Cell& cell = checked.region.shadow.cell_at(checked.offset + i);
       report_race(checked, checked.offset + i, "destination of a copy in flight (not waited for)",

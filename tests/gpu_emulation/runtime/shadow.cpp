@@ -21,6 +21,10 @@ void Shadow::mark_written(size_t begin, size_t end) {
   for (size_t i = begin; i < end; ++i) state[i] |= kWritten;
 }
 
+void Shadow::disown(size_t begin, size_t end) {
+  for (size_t i = begin; i < end; ++i) state[i] &= ~kOwned;
+}
+
 void Shadow::divide(Cell& cell) {
   if (free_quarters.empty()) free_quarters.push_back(&quarters.emplace_back());
   auto* parts = free_quarters.back();

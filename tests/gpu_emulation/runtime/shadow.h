@@ -69,6 +69,7 @@ struct Shadow {
   void resize(size_t bytes);
   void reset(size_t bytes);
   void mark_written(size_t begin, size_t end);
+  void disown(size_t begin, size_t end);
   void divide(Cell& cell);
   // once all quarters were written by one access
   void unite(Cell& cell);
