@@ -147,6 +147,19 @@ def _one(statement: str) -> str:
     )
 
 
+def _write_after_volatile_reads(between: str, store: str = "st.global.u32") -> None:
+    statement = f"""mov.u32 %a, %tid.x; setp.eq.u32 %q, %a, 32; ld.param.u64 %w, [p];
+        @!%q ld.volatile.global.u32 %b, [%w]; {between} @%q {store} [%w], %a;"""
+    emulate(_one(statement), "one", (1, 1, 1), (64, 1, 1), args=[torch.zeros(1), 0])
+
+
+def test_a_plain_write_after_volatile_reads() -> None:
+    _write_after_volatile_reads("bar.sync 0;")
+    _write_after_volatile_reads("", "st.volatile.global.u32")
+    with pytest.raises(EmulationError, match=r"race \(write after read\): 4-byte write of .* which thread 0 read"):
+        _write_after_volatile_reads("")
+
+
 def _shared_arrays(offset: int) -> torch.Tensor:
     """Stores into the first of two arrays of 12 and 16 bytes and at an offset from it; returns where the second is."""
     statement = f""".shared .align 4 .b8 first[12]; .shared .align 16 .b8 second[16];

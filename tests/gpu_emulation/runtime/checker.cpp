@@ -130,6 +130,11 @@ void check_readers(const Checked& checked, size_t offset, const Shadow& shadow, 
   if (!acquired) report_race(checked, offset, "race (write after read)", other, 0, "read", ~0u);
 }
 
+bool follows_strong_read(const Thread& thread, const Cell& cell) {
+  const Stamp read = cell.strong_read;
+  return !read.block || is_ordered(thread, read.block, read.who(), read.epoch());
+}
+
 // generated code may have threads that hold the same value all store it
 bool is_equal_write(const Checked& checked, size_t offset, const Cell& cell, size_t bytes) {
   if (!launched().options.allow_equal_writes || !checked.kind.values) return false;
@@ -166,16 +171,28 @@ void check_cell(const Checked& checked, size_t offset, uint8_t state, Cell& cell
                   sums && both_strong ? "added to" : "wrote", cell.write_site);
     }
   }
+  const Stamp mine = Stamp::of(thread.warp->block->serial, thread.index, thread.epoch);
   if (!writes(access)) {
-    // a strong read may meet strong writes unordered, and a plain write is what it is not safe from
-    if (!checked.kind.is_strong) record_read(checked, shadow, cell);
+    if (!checked.kind.is_strong) {
+      record_read(checked, shadow, cell);
+    } else if (follows_strong_read(thread, cell)) {
+      cell.strong_read = mine;
+    }
     return;
+  }
+  // a strong read may meet strong writes unordered, and a plain write is what it is not safe from
+  if (!checked.kind.is_strong) {
+    if (!follows_strong_read(thread, cell)) {
+      report_race(checked, offset, "race (write after read)", cell.strong_read.block,
+                  cell.strong_read.who(), "read", ~0u);
+    }
+    cell.strong_read = {};
   }
   if (cell.readers.lanes || cell.other_block) {
     check_readers(checked, offset, shadow, cell);
     shadow.forget_readers(cell);
   }
-  cell.write = Stamp::of(thread.warp->block->serial, thread.index, thread.epoch);
+  cell.write = mine;
   cell.write_site = checked.site;
 }
 

@@ -47,6 +47,8 @@ struct Cell {
   Stamp write;
   uint32_t write_site;
   Readers readers;
+  // the first strong read of those that nothing orders before a later one
+  Stamp strong_read;
   // an index that begins at 1 of readers besides
   uint32_t more_readers;
   // a block of this launch that read before the readers' did
