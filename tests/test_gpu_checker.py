@@ -74,6 +74,7 @@ STOPPED = (
     Defect("normalize_rows", "kAddressInInt32", "not allocated", "sum += from[i]"),
     Defect("sum", "kUnorderedSum", "unordered float reduction: .* global memory", "atomicAdd(out"),
     Defect("sum", "kUnorderedSumShared", "unordered float reduction: .* shared memory", "atomicAdd(of_warp"),
+    Defect("sum", "kStoresPastArray", "out of bounds: between arrays: 4-byte write of shared memory", "= mine;"),
     Defect("sum", "kMissingBarrier", "uninitialised memory", "of_warp[0] + of_warp[1]"),
     Defect("sum", "kMissingBarrierBeforeRead", "uninitialised memory", "if (!last"),
     Defect("sum", "kMissingReleaseFence", r"race \(read after write\): .* of another block", "partial[block]"),

@@ -147,6 +147,39 @@ def _one(statement: str) -> str:
     )
 
 
+def _write_after_volatile_reads(between: str, store: str = "st.global.u32") -> None:
+    statement = f"""mov.u32 %a, %tid.x; setp.eq.u32 %q, %a, 32; ld.param.u64 %w, [p];
+        @!%q ld.volatile.global.u32 %b, [%w]; {between} @%q {store} [%w], %a;"""
+    emulate(_one(statement), "one", (1, 1, 1), (64, 1, 1), args=[torch.zeros(1), 0])
+
+
+def test_a_plain_write_after_volatile_reads() -> None:
+    _write_after_volatile_reads("bar.sync 0;")
+    _write_after_volatile_reads("", "st.volatile.global.u32")
+    with pytest.raises(EmulationError, match=r"race \(write after read\): 4-byte write of .* which thread 0 read"):
+        _write_after_volatile_reads("")
+
+
+def _shared_arrays(offset: int) -> torch.Tensor:
+    """Stores into the first of two arrays of 12 and 16 bytes and at an offset from it; returns where the second is."""
+    statement = f""".shared .align 4 .b8 first[12]; .shared .align 16 .b8 second[16];
+        mov.u32 %a, first; st.shared.u32 [%a+8], %b; st.shared.u32 [%a+{offset}], %b;
+        mov.u32 %b, second; mov.u32 %a, %total_smem_size; ld.param.u64 %w, [p]; st.global.v2.u32 [%w], {{%a, %b}};"""
+    with Memory() as memory:
+        out = memory.empty((2,), torch.int32)
+        emulate(_one(statement), "one", (1, 1, 1), (1, 1, 1), 64, args=[out, 0])
+        return out.clone()
+
+
+def test_shared_arrays_lie_apart() -> None:
+    """But a kernel's bytes are those that hardware would give it."""
+    total, second = _shared_arrays(0).tolist()
+    assert total == 32 + 64 and second % 16 == 0
+    for offset in (12, 16, 36, second - 4):
+        with pytest.raises(EmulationError, match="out of bounds: between arrays: 4-byte write of shared memory"):
+            _shared_arrays(offset)
+
+
 @pytest.mark.parametrize(
     ("statement", "message"),
     [

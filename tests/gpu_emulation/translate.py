@@ -12,6 +12,8 @@ from tests.gpu_emulation.opcode import Opcode, bits
 from tests.gpu_emulation.ptx import Function, Instruction, Label, Module, Parameter, PtxError, Variable
 
 _DYNAMIC_ALIGNMENT = 1024
+# between static arrays of shared memory; they stay aligned as they would be without
+_RED_ZONE = _DYNAMIC_ALIGNMENT
 _EXPORT = '__attribute__((visibility("default")))'
 _JUMPS = ("bra", "brx", "ret", "exit")
 
@@ -74,29 +76,41 @@ class _Translator:
         self.kernel = kernel
         self.functions = _reachable(module, kernel)
         self.used = set().union(*(_symbols(function) for function in self.functions))
-        self.shared_offsets, self.static_shared_bytes = self._lay_out_shared()
+        self.shared_offsets, self.static_shared_bytes, self.red_zones = self._lay_out_shared()
         self.sites: list[tuple[str, str]] = []
         self.blocks: list[list[str]] = []
 
-    def _lay_out_shared(self) -> tuple[dict[str, int], int]:
-        """Static variables in order, then the extern ones, which all begin where the dynamic memory does."""
+    def _lay_out_shared(self) -> tuple[dict[str, int], int, list[tuple[int, int]]]:
+        """Static variables in order, then the extern ones, which all begin where the dynamic memory does.
+
+        The bytes are those that a GPU would need, without the red zones, which are given by their offsets and ends.
+        """
         variables = [variable for function in self.functions for variable in function.variables]
         variables += [variable for variable in self.module.variables.values() if variable.name in self.used]
         shared = [variable for variable in variables if variable.space == "shared"]
-        offsets, offset = {}, 0
+        offsets: dict[str, int] = {}
+        zones: list[tuple[int, int]] = []
+        offset = 0
+
+        def begin(alignment: int) -> int:
+            nonlocal offset
+            end = offset + len(zones) * _RED_ZONE
+            offset = _align(offset, alignment)
+            if offsets:
+                zones.append((end, offset + (len(zones) + 1) * _RED_ZONE))
+            return offset + len(zones) * _RED_ZONE
+
         for variable in shared:
             if not variable.is_extern:
-                offset = _align(offset, variable.alignment)
-                offsets[variable.name] = offset
+                offsets[variable.name] = begin(variable.alignment)
                 offset += variable.bytes
         dynamic = [variable for variable in shared if variable.is_extern]
         if dynamic:
             alignment = max(variable.alignment for variable in dynamic)
             if alignment > _DYNAMIC_ALIGNMENT:
                 raise PtxError(f"{dynamic[0].name}: alignment {alignment} exceeds {_DYNAMIC_ALIGNMENT}")
-            offset = _align(offset, max(alignment, 16))
-            offsets |= {variable.name: offset for variable in dynamic}
-        return offsets, offset
+            offsets |= dict.fromkeys([variable.name for variable in dynamic], begin(max(alignment, 16)))
+        return offsets, offset, zones
 
     def translate(self) -> Translated:
         bodies = [self._function(function) for function in self.functions]
@@ -121,6 +135,7 @@ class _Translator:
                 *bodies,
                 f"static const Site sites[] = {{{', '.join(map(_site, self.sites)) or '{}'}}};",
                 f"static const Variable variables[] = {{{self._variable_table(globals_)}}};",
+                f"static const RedZone red_zones[] = {{{self._red_zone_table()}}};",
                 f'extern "C" {_EXPORT} const Module emulated_module;',
                 f"const Module emulated_module = {{{', '.join(self._exported(len(globals_)))}}};",
             ]
@@ -141,6 +156,9 @@ class _Translator:
             "variables",
             f"{variables}u",
             f"{self.static_shared_bytes}u",
+            "red_zones",
+            f"{len(self.red_zones)}u",
+            f"{len(self.red_zones) * _RED_ZONE}u",
             f"{self._stack_bytes()}u",
         ]
 
@@ -151,6 +169,9 @@ class _Translator:
             for variable in variables
         ]
         return ", ".join(entries) or "{}"
+
+    def _red_zone_table(self) -> str:
+        return ", ".join(f"{{{begin}u, {end}u}}" for begin, end in self.red_zones) or "{}"
 
     def _stack_bytes(self) -> int:
         """Local memory and a word for each register, of all functions, as they may be nested."""

@@ -8,6 +8,7 @@ enum Defect : int {
   kNone,
   kUnorderedSum,
   kUnorderedSumShared,
+  kStoresPastArray,
   kMissingBarrier,
   kMissingBarrierBeforeRead,
   kMissingReleaseFence,
@@ -48,7 +49,7 @@ extern "C" __global__ void sum(const float* x, float* partial, unsigned* counter
     __syncthreads();
     if (threadIdx.x % 32 == 0) atomicAdd(of_warp, mine);
   } else if (threadIdx.x % 32 == 0) {
-    of_warp[threadIdx.x / 32] = mine;
+    of_warp[threadIdx.x / 32 + (defect == kStoresPastArray)] = mine;
   }
   if (defect != kMissingBarrier) __syncthreads();
   if (threadIdx.x == 0) {

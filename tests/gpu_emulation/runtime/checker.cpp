@@ -67,19 +67,17 @@ std::string place(const Region& region, size_t offset) {
 }
 
 bool are_ordered(const Thread& thread, const Readers& readers) {
+  const uint32_t first = readers.warp.who() * kLanes, epoch = readers.warp.epoch();
   for (uint32_t lanes = readers.lanes; lanes; lanes &= lanes - 1) {
     const uint32_t lane = __builtin_ctz(lanes);
-    if (!is_ordered(thread, readers.warp.block, readers.warp.who * kLanes + lane,
-                    readers.warp.epoch)) {
-      return false;
-    }
+    if (!is_ordered(thread, readers.warp.block, first + lane, epoch)) return false;
   }
   return true;
 }
 
 void record_read(const Checked& checked, Shadow& shadow, Cell& cell) {
   const Thread& thread = checked.thread;
-  const Readers mine = {{thread.warp->block->serial, thread.warp->index, thread.epoch},
+  const Readers mine = {Stamp::of(thread.warp->block->serial, thread.warp->index, thread.epoch),
                         1u << thread.lane};
   Readers& readers = cell.readers;
   if (readers.lanes && readers.warp.block != mine.warp.block) {
@@ -92,23 +90,21 @@ void record_read(const Checked& checked, Shadow& shadow, Cell& cell) {
     readers = mine;
     return;
   }
-  const auto add = [&](Readers& have) {
-    const bool same = have.warp.who == mine.warp.who && have.warp.epoch == mine.warp.epoch;
-    if (same) {
-      have.lanes |= mine.lanes;
-    } else if (are_ordered(thread, have)) {
-      have = mine;
-    } else {
-      return false;
+  const auto find = [&](auto&& fits) -> Readers* {
+    if (fits(readers)) return &readers;
+    if (!cell.more_readers) return nullptr;
+    for (Readers& have : shadow.reader_lists[cell.more_readers - 1]) {
+      if (fits(have)) return &have;
     }
-    return true;
+    return nullptr;
   };
-  if (add(readers)) return;
-  auto& more = shadow.more_readers(cell);
-  for (Readers& have : more) {
-    if (add(have)) return;
+  if (Readers* same = find([&](const Readers& have) { return have.warp == mine.warp; })) {
+    same->lanes |= mine.lanes;
+  } else if (Readers* old = find([&](const Readers& have) { return are_ordered(thread, have); })) {
+    *old = mine;
+  } else {
+    shadow.more_readers(cell).push_back(mine);
   }
-  more.push_back(mine);
 }
 
 void check_readers(const Checked& checked, size_t offset, const Shadow& shadow, const Cell& cell) {
@@ -116,8 +112,8 @@ void check_readers(const Checked& checked, size_t offset, const Shadow& shadow, 
   const auto check = [&](const Readers& readers) {
     if (!readers.lanes || are_ordered(thread, readers)) return;
     for (uint32_t lanes = readers.lanes; lanes; lanes &= lanes - 1) {
-      const uint32_t other = readers.warp.who * kLanes + __builtin_ctz(lanes);
-      if (!is_ordered(thread, readers.warp.block, other, readers.warp.epoch)) {
+      const uint32_t other = readers.warp.who() * kLanes + __builtin_ctz(lanes);
+      if (!is_ordered(thread, readers.warp.block, other, readers.warp.epoch())) {
         report_race(checked, offset, "race (write after read)", readers.warp.block, other, "read",
                     ~0u);
       }
@@ -132,6 +128,11 @@ void check_readers(const Checked& checked, size_t offset, const Shadow& shadow, 
   const bool acquired =
       thread.clock && thread.clock->others && thread.clock->others->contains(other);
   if (!acquired) report_race(checked, offset, "race (write after read)", other, 0, "read", ~0u);
+}
+
+bool follows_strong_read(const Thread& thread, const Cell& cell) {
+  const Stamp read = cell.strong_read;
+  return !read.block || is_ordered(thread, read.block, read.who(), read.epoch());
 }
 
 // generated code may have threads that hold the same value all store it
@@ -151,7 +152,7 @@ void check_cell(const Checked& checked, size_t offset, uint8_t state, Cell& cell
     if (access == Access::kReadOnly && written.block >= launched().first_block &&
         !checked.region.is_shared) {
       report_race(checked, offset, "read-only load of memory that the launch writes", written.block,
-                  written.who, "wrote", cell.write_site);
+                  written.who(), "wrote", cell.write_site);
     }
     const bool other_block = written.block != thread.warp->block->serial;
     const bool both_strong =
@@ -159,42 +160,71 @@ void check_cell(const Checked& checked, size_t offset, uint8_t state, Cell& cell
         !(other_block && (checked.kind.is_block_scope || (state & kBlockScope)));
     const bool sums =
         checked.kind.is_float_sum && (state & kFloatSum) && !launched().options.allow_unordered;
-    if ((!both_strong || sums) && !is_ordered(thread, written.block, written.who, written.epoch) &&
+    if ((!both_strong || sums) &&
+        !is_ordered(thread, written.block, written.who(), written.epoch()) &&
         !is_equal_write(checked, offset, cell, bytes)) {
       const char* what = sums && both_strong ? "unordered float reduction"
                          : reads(access) && access != Access::kReadWrite
                              ? "race (read after write)"
                              : "race (write after write)";
-      report_race(checked, offset, what, written.block, written.who,
+      report_race(checked, offset, what, written.block, written.who(),
                   sums && both_strong ? "added to" : "wrote", cell.write_site);
     }
   }
+  const Stamp mine = Stamp::of(thread.warp->block->serial, thread.index, thread.epoch);
   if (!writes(access)) {
-    // a strong read may meet strong writes unordered, and a plain write is what it is not safe from
-    if (!checked.kind.is_strong) record_read(checked, shadow, cell);
+    if (!checked.kind.is_strong) {
+      record_read(checked, shadow, cell);
+    } else if (follows_strong_read(thread, cell)) {
+      cell.strong_read = mine;
+    }
     return;
+  }
+  // a strong read may meet strong writes unordered, and a plain write is what it is not safe from
+  if (!checked.kind.is_strong) {
+    if (!follows_strong_read(thread, cell)) {
+      report_race(checked, offset, "race (write after read)", cell.strong_read.block,
+                  cell.strong_read.who(), "read", ~0u);
+    }
+    cell.strong_read = {};
   }
   if (cell.readers.lanes || cell.other_block) {
     check_readers(checked, offset, shadow, cell);
     shadow.forget_readers(cell);
   }
-  cell.write = {thread.warp->block->serial, thread.index, thread.epoch};
+  cell.write = mine;
   cell.write_site = checked.site;
+}
+
+// whether of each byte these bits are the wanted ones
+bool are_all(const uint8_t* state, uint32_t bytes, uint8_t bits, uint8_t wanted) {
+  constexpr uint32_t kFour = 0x01010101;
+  uint32_t wrong = 0, i = 0;
+  for (; i + 4 <= bytes; i += 4) {
+    uint32_t four;
+    memcpy(&four, state + i, 4);
+    wrong |= (four & bits * kFour) ^ wanted * kFour;
+  }
+  for (; i < bytes; ++i) wrong |= (state[i] & bits) ^ wanted;
+  return !wrong;
 }
 
 void check_states(const Checked& checked) {
   const uint8_t* state = &checked.region.shadow.state[checked.offset];
   const Access access = checked.kind.access;
+  const uint8_t wanted = reads(access) ? kOwned | kWritten : kOwned;
+  const uint8_t unwanted = access == Access::kCopyDone ? 0 : kPending;
+  if (are_all(state, checked.bytes, wanted | unwanted, wanted)) return;
   for (uint32_t i = 0; i < checked.bytes; ++i) {
-    if (!(state[i] & kOwned))
-      report(checked, checked.offset + i, "out of bounds: in a gap between the tensor's rows");
+    if (!(state[i] & kOwned)) {
+      report(checked, checked.offset + i,
+             checked.region.is_shared ? "out of bounds: between arrays"
+                                      : "out of bounds: in a gap between the tensor's rows");
+    }
     if ((state[i] & kPending) && access != Access::kCopyDone) {
-      const Cell& word = checked.region.shadow.cells[(checked.offset + i) / 4];
-      const Cell& cell =
-          word.split ? checked.region.shadow.splits[word.split - 1][(checked.offset + i) % 4]
-                     : word;
+      const Cell& cell = checked.region.shadow.cell_at(checked.offset + i);
       report_race(checked, checked.offset + i, "destination of a copy in flight (not waited for)",
-                  cell.write.block, cell.write.who, "copies to", cell.write_site);
+                  cell.write.block, cell.write.who(), "copies to", cell.write_site);
     }
     if (reads(access) && !(state[i] & kWritten)) {
       report(checked, checked.offset + i, "uninitialised memory");
@@ -216,37 +246,32 @@ void set_states(const Checked& checked) {
   memset(state, value, checked.bytes);
 }
 
+// of a cell of `kSize` bytes at `begin`, what the access touches
+template <size_t kSize>
+void check_cells(const Checked& checked, Cell& cell, size_t begin) {
+  Shadow& shadow = checked.region.shadow;
+  const size_t from = std::max(begin, checked.offset);
+  const size_t end = std::min(begin + kSize, checked.offset + checked.bytes);
+  const bool whole = end - from == kSize;
+  if (whole && !cell.quarters) return check_cell(checked, begin, shadow.state[begin], cell, kSize);
+  if constexpr (kSize > 1) {
+    if (!cell.quarters) shadow.divide(cell);
+    constexpr size_t kPart = kSize / 4;
+    for (size_t i = (from - begin) / kPart; begin + i * kPart < end; ++i) {
+      check_cells<kPart>(checked, (*cell.quarters)[i], begin + i * kPart);
+    }
+    if (whole && writes(checked.kind.access)) shadow.unite(cell);
+  }
+}
+
 void check_region(const Checked& checked) {
   check_states(checked);
   Shadow& shadow = checked.region.shadow;
-  const uint8_t* state = shadow.state.data();
-  const bool is_write = writes(checked.kind.access);
-  const size_t end = checked.offset + checked.bytes;
-  for (size_t offset = checked.offset; offset < end;) {
-    Cell& word = shadow.cells[offset / 4];
-    if (offset % 4 == 0 && end - offset >= 4 && !word.split) {
-      check_cell(checked, offset, state[offset], word, 4);
-      offset += 4;
-      continue;
-    }
-    if (!word.split) {
-      const uint32_t split = shadow.new_split(word);
-      shadow.forget_readers(word);
-      word.split = split;
-    }
-    const size_t stop = std::min(end, offset / 4 * 4 + 4);
-    const bool whole = stop - offset == 4;
-    for (; offset < stop; ++offset) {
-      check_cell(checked, offset, state[offset], shadow.splits[word.split - 1][offset % 4], 1);
-    }
-    if (whole && is_write) {
-      const Cell first = shadow.splits[word.split - 1][0];
-      shadow.free_split(word);
-      word = first;
-      word.split = 0;
-    }
+  const size_t last = (checked.offset + checked.bytes - 1) / kCellBytes;
+  for (size_t i = checked.offset / kCellBytes; i <= last; ++i) {
+    check_cells<kCellBytes>(checked, shadow.cells[i], i * kCellBytes);
   }
-  if (is_write) set_states(checked);
+  if (writes(checked.kind.access)) set_states(checked);
 }
 
 LocalMemory* find_local(Thread& thread, uint64_t address, uint32_t bytes) {

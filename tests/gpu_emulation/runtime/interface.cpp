@@ -97,8 +97,7 @@ void run(Launch launch) {
   static Stacks stacks;
   check_size(launch);
   const Module& module = *launch.module;
-  const size_t shared_bytes = size_t{module.static_shared_bytes} + launch.dynamic_shared_bytes;
-  char* shared = shared_memory(shared_bytes);
+  char* shared = shared_memory(shared_bytes(launch));
   const size_t stack_bytes = (kRuntimeStack + 2 * module.stack_bytes + kPage - 1) / kPage * kPage;
   stacks.provide(launch.block.x * launch.block.y * launch.block.z, stack_bytes);
   for (uint32_t i = 0; i < module.variable_count; ++i) {

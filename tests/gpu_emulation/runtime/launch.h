@@ -1,5 +1,6 @@
 // the launch that is running, and how it ends in an error
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -26,6 +27,9 @@ struct Launch {
 };
 
 const Launch& launched();
+
+// with red zones
+size_t shared_bytes(const Launch& launch);
 
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;

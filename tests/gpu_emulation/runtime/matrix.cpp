@@ -103,23 +103,24 @@ float truncating_sum(const double* left, const double (*right)[kColumns], int co
   return sum;
 }
 
-// one row of A times B
+// A times B; sums of different rows do not wait for each other
 template <int kDepth>
-void add_products(const double* left, const double (*right)[kColumns], double* sums) {
+void add_products(const double (*left)[kDepth], const double (*right)[kColumns], Row* sums) {
   if (launched().options.truncating_mma) {
-    for (int column = 0; column < kColumns; ++column) {
-      sums[column] = truncating_sum<kDepth>(left, right, column, float(sums[column]));
+    for (int row = 0; row < kRows; ++row) {
+      for (int column = 0; column < kColumns; ++column) {
+        sums[row][column] =
+            truncating_sum<kDepth>(left[row], right, column, float(sums[row][column]));
+      }
     }
     return;
   }
-  Row total;
-  memcpy(&total, sums, sizeof total);
   for (int k = 0; k < kDepth; ++k) {
     Row terms;
     memcpy(&terms, right[k], sizeof terms);
-    total += left[k] * terms;
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) sums[row] += left[row][k] * terms;
   }
-  memcpy(sums, &total, sizeof total);
 }
 
 uint16_t element(const uint16_t (*rows)[8], bool transposed, int row, int column) {
@@ -140,27 +141,30 @@ void run_mma(Warp& warp, uint32_t lanes) {
   require_whole_warp(warp, lanes);
   constexpr uint32_t kAddend = kLeftRegisters<kFactor, kDepth> * 3 / 2;
   const Fragments<kFactor, kDepth> fragments(warp.in);
+  Row sums[kRows];
   for (int row = 0; row < kRows; ++row) {
     const uint32_t half = uint32_t(row) / 8, lane = uint32_t(row) % 8 * 4;
-    double sums[kColumns];
     for (uint32_t column = 0; column < kColumns; ++column) {
       const uint32_t odd = column % 2;
       if constexpr (kFloatResult) {
-        sums[column] = as_float(warp.in[kAddend + 2 * half + odd][lane + column / 2]);
+        sums[row][column] = as_float(warp.in[kAddend + 2 * half + odd][lane + column / 2]);
       } else {
-        sums[column] =
+        sums[row][column] =
             F16::value(uint16_t(warp.in[kAddend + half][lane + column / 2] >> (odd * 16)));
       }
     }
-    add_products<kDepth>(fragments.left[row], fragments.right, sums);
+  }
+  add_products<kDepth>(fragments.left, fragments.right, sums);
+  for (int row = 0; row < kRows; ++row) {
+    const uint32_t half = uint32_t(row) / 8, lane = uint32_t(row) % 8 * 4;
     for (uint32_t column = 0; column < kColumns; column += 2) {
       const uint32_t to = lane + column / 2;
+      const double even = sums[row][column], odd = sums[row][column + 1];
       if constexpr (kFloatResult) {
-        warp.out[2 * half][to] = as_bits(float(sums[column]));
-        warp.out[2 * half + 1][to] = as_bits(float(sums[column + 1]));
+        warp.out[2 * half][to] = as_bits(float(even));
+        warp.out[2 * half + 1][to] = as_bits(float(odd));
       } else {
-        warp.out[half][to] = F16::round(sums[column]) | uint32_t{F16::round(sums[column + 1])}
-                                                            << 16;
+        warp.out[half][to] = F16::round(even) | uint32_t{F16::round(odd)} << 16;
       }
     }
   }

@@ -118,6 +118,10 @@ void begin_shared(char* address, size_t bytes) {
   shared.begin = address;
   shared.bytes = bytes;
   shared.shadow.reset(bytes);
+  const Module& module = *launched().module;
+  for (uint32_t i = 0; i < module.red_zone_count; ++i) {
+    shared.shadow.disown(module.red_zones[i].begin, module.red_zones[i].end);
+  }
   forget_releases_between(reinterpret_cast<uint64_t>(address),
                           reinterpret_cast<uint64_t>(address) + bytes);
 }

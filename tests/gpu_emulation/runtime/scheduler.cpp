@@ -180,6 +180,11 @@ void run_warp(Warp& warp) {
 
 const Launch& launched() { return launch; }
 
+size_t shared_bytes(const Launch& of) {
+  const Module& module = *of.module;
+  return size_t{module.static_shared_bytes} + module.red_zone_bytes + of.dynamic_shared_bytes;
+}
+
 uint32_t random_below(uint32_t bound) {
   random_state = random_state * 6364136223846793005ull + 1442695040888963407ull;
   return uint32_t((random_state >> 33) % bound);
@@ -350,7 +355,7 @@ void run_grid(const Launch& requested, char* shared, char* stacks, size_t stack_
     const Dim3 index = {uint32_t(number % launch.grid.x),
                         uint32_t(number / launch.grid.x % launch.grid.y),
                         uint32_t(number / launch.grid.x / launch.grid.y)};
-    begin_shared(shared, launch.module->static_shared_bytes + launch.dynamic_shared_bytes);
+    begin_shared(shared, shared_bytes(launch));
     start_block(serial++, index, shared, stacks, stack_bytes);
     run_block();
   }

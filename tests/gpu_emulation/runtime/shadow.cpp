@@ -6,13 +6,13 @@ namespace emulation {
 
 void Shadow::resize(size_t bytes) {
   state.assign(bytes, kOwned);
-  cells.assign((bytes + 3) / 4, Cell{});
+  cells.assign((bytes + kCellBytes - 1) / kCellBytes, Cell{});
 }
 
 void Shadow::reset(size_t bytes) {
   resize(bytes);
-  splits.clear();
-  free_splits.clear();
+  quarters.clear();
+  free_quarters.clear();
   reader_lists.clear();
   free_reader_lists.clear();
 }
@@ -21,28 +21,39 @@ void Shadow::mark_written(size_t begin, size_t end) {
   for (size_t i = begin; i < end; ++i) state[i] |= kWritten;
 }
 
-uint32_t Shadow::new_split(const Cell& cell) {
-  uint32_t index;
-  if (free_splits.empty()) {
-    splits.emplace_back();
-    index = uint32_t(splits.size());
-  } else {
-    index = free_splits.back();
-    free_splits.pop_back();
-  }
-  for (Cell& byte : splits[index - 1]) {
-    byte = cell;
-    byte.more_readers = 0;
-    // each byte owns a list of its own
-    if (cell.more_readers) more_readers(byte) = reader_lists[cell.more_readers - 1];
-  }
-  return index;
+void Shadow::disown(size_t begin, size_t end) {
+  for (size_t i = begin; i < end; ++i) state[i] &= ~kOwned;
 }
 
-void Shadow::free_split(Cell& cell) {
-  for (Cell& byte : splits[cell.split - 1]) forget_readers(byte);
-  free_splits.push_back(cell.split);
-  cell.split = 0;
+void Shadow::divide(Cell& cell) {
+  if (free_quarters.empty()) free_quarters.push_back(&quarters.emplace_back());
+  auto* parts = free_quarters.back();
+  free_quarters.pop_back();
+  for (Cell& part : *parts) {
+    part = cell;
+    part.more_readers = 0;
+    // each part owns a list of its own
+    if (cell.more_readers) {
+      std::vector<Readers>& list = more_readers(part);
+      list = reader_lists[cell.more_readers - 1];
+    }
+  }
+  forget_readers(cell);
+  cell.quarters = parts;
+}
+
+void Shadow::unite(Cell& cell) {
+  auto* parts = cell.quarters;
+  cell = parts->front();
+  free_quarters.push_back(parts);
+}
+
+const Cell& Shadow::cell_at(size_t offset) const {
+  const Cell* cell = &cells[offset / kCellBytes];
+  for (size_t part = kCellBytes / 4; cell->quarters; part /= 4) {
+    cell = &(*cell->quarters)[offset / part % 4];
+  }
+  return *cell;
 }
 
 std::vector<Readers>& Shadow::more_readers(Cell& cell) {

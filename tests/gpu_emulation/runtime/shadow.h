@@ -3,6 +3,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <vector>
 
 namespace emulation {
@@ -21,10 +22,17 @@ enum ByteState : uint8_t {
   kBlockScope = 32,
 };
 
-// thread and epoch, or warp and epoch
+// thread and epoch, or warp and epoch; bit fields, written apart and compared together, were slow
 struct Stamp {
-  uint32_t block;
-  uint32_t who : 10, epoch : 22;
+  uint32_t block, who_and_epoch;
+
+  static constexpr uint32_t kEpochBits = 22, kEpochs = (1u << kEpochBits) - 1;
+  static Stamp of(uint32_t block, uint32_t who, uint32_t epoch) {
+    return {block, who << kEpochBits | (epoch & kEpochs)};
+  }
+  uint32_t who() const { return who_and_epoch >> kEpochBits; }
+  uint32_t epoch() const { return who_and_epoch & kEpochs; }
+  bool operator==(const Stamp&) const = default;
 };
 
 // the lanes of a warp that read in one epoch
@@ -33,33 +41,42 @@ struct Readers {
   uint32_t lanes;
 };
 
-// of a word, or of a byte where a word is split
+// of 16 bytes, or of a word where those are divided, or of a byte where a word is
 struct Cell {
   // block 0 means never
   Stamp write;
   uint32_t write_site;
   Readers readers;
+  // the first strong read of those that nothing orders before a later one
+  Stamp strong_read;
   // an index that begins at 1 of readers besides
   uint32_t more_readers;
   // a block of this launch that read before the readers' did
   uint32_t other_block;
-  // an index that begins at 1 of the cells of the word's bytes
-  uint32_t split;
+  // null if no access told them apart
+  std::array<Cell, 4>* quarters;
 };
+
+constexpr size_t kCellBytes = 16;
 
 struct Shadow {
   std::vector<uint8_t> state;
   std::vector<Cell> cells;
-  std::vector<std::array<Cell, 4>> splits;
-  std::vector<uint32_t> free_splits;
+  // those in use stay where they are
+  std::deque<std::array<Cell, 4>> quarters;
+  std::vector<std::array<Cell, 4>*> free_quarters;
   std::vector<std::vector<Readers>> reader_lists;
   std::vector<uint32_t> free_reader_lists;
 
   void resize(size_t bytes);
   void reset(size_t bytes);
   void mark_written(size_t begin, size_t end);
-  uint32_t new_split(const Cell& cell);
-  void free_split(Cell& cell);
+  void disown(size_t begin, size_t end);
+  void divide(Cell& cell);
+  // once all quarters were written by one access
+  void unite(Cell& cell);
+  // the smallest that has the byte
+  const Cell& cell_at(size_t offset) const;
   std::vector<Readers>& more_readers(Cell& cell);
   void forget_readers(Cell& cell);
 };

@@ -38,6 +38,11 @@ struct Variable {
   bool read_only;
 };
 
+// bytes of shared memory between arrays, which are none's
+struct RedZone {
+  uint32_t begin, end;
+};
+
 // what a translated kernel's library exports
 struct Module {
   const char* name;
@@ -48,7 +53,10 @@ struct Module {
   uint32_t block_count;
   const Variable* variables;
   uint32_t variable_count;
+  // without what red zones add
   uint32_t static_shared_bytes;
+  const RedZone* red_zones;
+  uint32_t red_zone_count, red_zone_bytes;
   uint32_t stack_bytes;
 };
 

@@ -56,19 +56,23 @@ void count_shared(Traffic& total, const Request& request) {
   }
 }
 
+// sorts the values
+uint64_t count_distinct(uint64_t* values, uint32_t count) {
+  if (!std::is_sorted(values, values + count)) std::sort(values, values + count);
+  return uint64_t(std::unique(values, values + count) - values);
+}
+
 void count_global(Traffic& total, const Request& request) {
-  std::vector<uint64_t> sectors, addresses;
+  uint64_t sectors[kLanes], addresses[kLanes];
+  uint32_t lanes = 0;
   for (uint32_t rest = request.lanes; rest; rest &= rest - 1) {
     const uint64_t address = request.address[__builtin_ctz(rest)];
-    addresses.push_back(address);
-    sectors.push_back(address / kSectorBytes);
+    addresses[lanes] = address;
+    sectors[lanes++] = address / kSectorBytes;
   }
-  const auto distinct = [](std::vector<uint64_t>& values) {
-    std::sort(values.begin(), values.end());
-    return uint64_t(std::unique(values.begin(), values.end()) - values.begin());
-  };
-  total.passes += distinct(sectors);
-  total.ideal += (distinct(addresses) * request.bytes + kSectorBytes - 1) / kSectorBytes;
+  total.passes += count_distinct(sectors, lanes);
+  total.ideal +=
+      (count_distinct(addresses, lanes) * request.bytes + kSectorBytes - 1) / kSectorBytes;
 }
 
 }  // namespace
