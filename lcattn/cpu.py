@@ -57,7 +57,7 @@ class CpuBackend:
             problem = problem.turned()
         _, inputs = kernel_inputs(problem)
         out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:3], dtype=torch.float32)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
         rest = torch.empty_like(lse) if differentiable else None
         torch.ops.lcattn.cpu_forward(*inputs, out, lse, rest)
         return out, lse, lse.new_empty(0) if rest is None else rest

@@ -14,12 +14,15 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from .layout import Context, Layout
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # tiles evaluated at once: 1024 of 64 x 64 int64 coordinates are 32 MB
 _TILES_AT_ONCE = 1024
@@ -336,6 +339,18 @@ def _assemble(
     return seg_ptr, entries[: int(seg_ptr[-1, -1])].clone()
 
 
+def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
+    """The function with tensors that it makes on the CPU, whatever torch.set_default_device says."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@on_cpu
 def lower(
     layout: Layout,
     *,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .layout import Full, Layout, Not, SelectedBlocks
 from .layout.base import Joined, Or
-from .lowering import BlockTable, cached_table, lower, pack, run_start
+from .lowering import BlockTable, cached_table, lower, on_cpu, pack, run_start
 
 # rows and columns of a block of the table
 _BLOCK = 64
@@ -289,6 +289,7 @@ def _chosen(
 
 
 @functools.lru_cache(maxsize=16)
+@on_cpu
 def _entries(
     table: BlockTable, first_row: int, Bt: int, Ht: int, keys: _Keys, device: torch.device
 ) -> tuple[_Entries, ...]:

@@ -7,6 +7,7 @@ thousand keys in eight heads: what it touches has left the processor's caches, w
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -20,7 +21,7 @@ from .position import Position, RelativeBias
 from .problem import Problem
 
 _MAX_PLANS = 256
-_plans: dict[Hashable, Plan] = {}
+_plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
 
 class Plan:
@@ -28,7 +29,7 @@ class Plan:
 
     def __init__(self, problem: Problem) -> None:
         _, inputs = kernel_inputs(problem)
-        bytes_ = torch.empty(_C.cpu_plan_bytes, dtype=torch.uint8)
+        bytes_ = torch.empty(_C.cpu_plan_bytes, dtype=torch.uint8, device="cpu")
         torch.ops.lcattn.cpu_forward_plan(*inputs, *_outputs(problem.q[0]), bytes_)
         # it points into the others, but not for long to these
         self._kept = (bytes_, inputs._replace(q=[], k=[], v=[]))
@@ -41,7 +42,7 @@ class Plan:
 
 
 def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32)
+    return torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
 
 
 def key(
@@ -98,7 +99,7 @@ def find(key: Hashable) -> Plan | None:
 
 def make(key: Hashable, problem: Problem) -> Plan:
     """A plan of a call's problem, which serves all calls of its key."""
-    if len(_plans) >= _MAX_PLANS:
-        del _plans[next(iter(_plans))]
+    while len(_plans) >= _MAX_PLANS:
+        _plans.popitem(last=False)
     plan = _plans[key] = Plan(problem)
     return plan

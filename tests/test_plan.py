@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ LAYOUTS = {
 
 @pytest.fixture(autouse=True)
 def no_plans(monkeypatch):
-    monkeypatch.setattr(plan, "_plans", {})
+    monkeypatch.setattr(plan, "_plans", OrderedDict())
 
 
 def unplanned(call: dict) -> tuple[Tensor, Tensor]:
