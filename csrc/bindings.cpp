@@ -402,14 +402,17 @@ void cpu_forward_plan(StableIValue* stack, uint64_t, uint64_t) {
   std::memcpy(data<char>(plan), &p, sizeof p);
 }
 
-// the addresses of a plan, and of tensors shaped and laid out as those that it was made of
-void run_cpu_plan(uintptr_t plan, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out,
-                  uintptr_t lse) {
+// The addresses of a plan, and of tensors that must be shaped and laid out as those that it was
+// made of; bias and sink 0 where it has none.
+void run_cpu_plan(uintptr_t plan, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t bias,
+                  uintptr_t sink, uintptr_t out, uintptr_t lse) {
   Problem p;
   std::memcpy(&p, reinterpret_cast<const void*>(plan), sizeof p);
   p.q[0].data = reinterpret_cast<void*>(q);
   p.k[0].data = reinterpret_cast<void*>(k);
   p.v[0].data = reinterpret_cast<void*>(v);
+  p.bias.data = reinterpret_cast<const float*>(bias);
+  p.sink = reinterpret_cast<const float*>(sink);
   p.out.data = reinterpret_cast<void*>(out);
   p.lse = reinterpret_cast<float*>(lse);
   selected.load()->forward(p, torch_threads());

@@ -1,6 +1,6 @@
-"""The compiled part: build info, the CPU instruction set, test hooks. Importing it registers the operators.
+"""The compiled part: build info, the CPU instruction set, planned forwards, test hooks.
 
-import torch comes first: the extension links against a library that torch loads.
+Importing it registers the operators. import torch comes first: the extension links against a library that torch loads.
 """
 
 from typing import TypedDict
@@ -16,6 +16,16 @@ class BuildInfo(TypedDict):
 
 cuda_plan_bytes: int
 """Size of what lcattn::cuda_forward_plan writes: the launch, and the kernel's parameter."""
+
+cpu_plan_bytes: int
+"""Size of what lcattn::cpu_forward_plan writes: the `Problem` of csrc/common/problem.h."""
+
+def run_cpu_plan(plan: int, q: int, k: int, v: int, bias: int, sink: int, out: int, lse: int) -> None:
+    """Runs a plan on the tensors at these addresses; bias and sink are 0 where the plan has none. Nothing is checked.
+
+    The plan must have been written by lcattn::cpu_forward_plan, what it points to must still live, and the tensors must
+    have the shapes, strides and dtypes of those that it was made of.
+    """
 
 def build_info() -> BuildInfo: ...
 def cpu_isas() -> list[str]:

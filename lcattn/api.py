@@ -10,8 +10,7 @@ from torch import Tensor
 
 from . import ops, plan
 from . import position as positions
-from .cpu import CpuBackend
-from .dispatch import check_name, select
+from .dispatch import check_name
 from .layout import Full, Layout, TopKBlocks
 from .position import Position
 from .problem import Problem
@@ -97,13 +96,9 @@ def attention_with_lse(
     """
     backend = check_name(backend)
     call = (q, k, v, layout, position, scale, softcap, sink, key_mask, q_pos, k_pos, dropout)
-    key = plan.key(*call, backend)
-    if key is not None and (known := plan.find(key)) is not None:
-        return known(q, k, v)
-    problem = make_problem(*call)
-    if key is not None and isinstance(select(problem, backend, differentiable=False), CpuBackend):
-        return plan.make(key, problem)(q, k, v)
-    return ops.attention(problem, backend)
+    if (found := plan.attention(make_problem, *call, backend)) is not None:
+        return found
+    return ops.attention(make_problem(*call), backend)
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ except ImportError as error:  # a source tree whose extension was not built
     _MISSING = f"the C++ extension is not built ({error}); run `pip install .`"
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256
 # kDecodeRows of csrc/cpu/kernels.h: up to so many rows of queries a kv head the kernel turns keys as it reads them
 MAX_DECODE_ROWS = 16
 
@@ -45,8 +45,8 @@ class CpuBackend:
             return f"tensors are on {q.device.type}"
         if q.dtype not in KERNEL_DTYPES:
             return f"dtype is {q.dtype}, expected float32, bfloat16 or float16"
-        if q.shape[3] > _MAX_HEAD_DIM:
-            return f"head dim is {q.shape[3]}, at most {_MAX_HEAD_DIM}"
+        if q.shape[3] > MAX_HEAD_DIM:
+            return f"head dim is {q.shape[3]}, at most {MAX_HEAD_DIM}"
         if len(problem.phase_map) > MAX_PHASES:
             return f"the position has {len(problem.phase_map)} phases, at most {MAX_PHASES}"
         return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -75,7 +76,7 @@ class BlockTable:
         n_cols = -(-S // self.block_k)
         dense = torch.zeros(Bt, Ht, n_rows, n_cols, self.block_q, self.block_k, dtype=torch.bool)
         shifts = torch.arange(32, dtype=torch.int32)
-        for b, h, r in torch.cartesian_prod(torch.arange(Bt), torch.arange(Ht), torch.arange(n_rows)).tolist():
+        for b, h, r in itertools.product(range(Bt), range(Ht), range(n_rows)):
             seg = self.seg_ptr[b, h, r].tolist()
             for f in range(width // 2) if phase is None else (phase,):
                 for block, count in self.entries[seg[2 * f] : seg[2 * f + 1]].tolist():
@@ -505,7 +506,7 @@ def cached_table(
         key: tuple[Any, ...] = (tuple(part.spec for part in split), n, H if any(p.per_head for p in split) else 1)
         return _cache.get(key, lambda: lower(layout, T=n, S=n, phases=phases, heads=H)), start, True
     if start is not None and q_pos is None and start < 0:
-        q_pos = torch.arange(start, S)[None]
+        q_pos = torch.arange(start, S, device="cpu")[None]
     tensors = [t for part in split for t in part.tensors]
     content = tuple(_digest(t) for t in (*tensors, q_pos, k_pos))
     key = (tuple(part.spec for part in split), B, H, T, S, content)

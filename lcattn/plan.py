@@ -8,12 +8,12 @@ thousand keys in eight heads: what it touches has left the processor's caches, w
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
-from .cpu import _C, KERNEL_DTYPES, MAX_DECODE_ROWS
+from .cpu import _C, KERNEL_DTYPES, MAX_DECODE_ROWS, MAX_HEAD_DIM
 from .inputs import kernel_inputs
 from .layout import Layout
 from .ops import is_unwatched
@@ -25,19 +25,31 @@ _plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
 
 class Plan:
-    """A forward on the CPU that runs on any q, k, v of the shapes, strides and dtypes that it was made of."""
+    """A forward on the CPU that runs on any tensors of the shapes, strides and dtypes that it was made of."""
 
     def __init__(self, problem: Problem) -> None:
         _, inputs = kernel_inputs(problem)
+        out, lse = _outputs(problem.q[0])
         bytes_ = torch.empty(_C.cpu_plan_bytes, dtype=torch.uint8, device="cpu")
-        torch.ops.lcattn.cpu_forward_plan(*inputs, *_outputs(problem.q[0]), bytes_)
-        # it points into the others, but not for long to these
-        self._kept = (bytes_, inputs._replace(q=[], k=[], v=[]))
+        torch.ops.lcattn.cpu_forward_plan(*inputs, out, lse, bytes_)
+        # it points into the table and coordinates; the rest is given anew
+        self._kept = (bytes_, inputs._replace(q=[], k=[], v=[], bias=None, sink=None))
         self._address = bytes_.data_ptr()
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         out, lse = _outputs(q)
-        _C.run_cpu_plan(self._address, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr())
+        _C.run_cpu_plan(
+            self._address,
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if sink is None else sink.data_ptr(),
+            out.data_ptr(),
+            lse.data_ptr(),
+        )
         return out, lse
 
 
@@ -45,7 +57,8 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
 
 
-def key(
+def attention(
+    make_problem: Callable[..., Problem],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -59,47 +72,57 @@ def key(
     k_pos: Tensor | None,
     dropout: float,
     backend: str,
-) -> Hashable | None:
-    """What a call, not yet checked, shares with all that may run its plan; None where it can have none."""
+) -> tuple[Tensor, Tensor] | None:
+    """out and lse of a call by its plan, which is made if there is none; None where a call can have no plan.
+
+    Args:
+        make_problem: checks all arguments after it but the last, as given here, and lowers them.
+    """
     if _C is None or backend not in ("auto", "cpu") or dropout != 0 or not isinstance(layout, Layout):
         return None
-    if key_mask is not None or q_pos is not None or k_pos is not None or layout.tensors or layout.by_content:
+    # tables of layouts that read indices are made for a length, those of others serve many
+    if layout.by_index or layout.by_content or key_mask is not None or q_pos is not None or k_pos is not None:
         return None
-    if position is not None and type(position) is not RelativeBias:
+    given = position
+    if isinstance(position, (list, tuple)) and len(position) < 2:
+        position = position[0] if position else None
+    if not (position is None or type(position) is RelativeBias):
         return None
-    # a table is read where it lies, so its values may change
-    tables = [] if position is None else [position.table]
-    if sink is not None:
-        tables.append(sink)
-    tensors = (q, k, v, *tables)
-    if not is_unwatched(tensors) or q.dim() != 4 or q.shape[2] > MAX_DECODE_ROWS or q.dtype not in KERNEL_DTYPES:
+    bias = None if position is None else position.table
+    tables = [t for t in (bias, sink) if t is not None]
+    if not _are_plain((q, k, v), tables) or not all(x is None or isinstance(x, (int, float)) for x in (scale, softcap)):
         return None
-    if torch.is_autocast_enabled("cpu") or not all(t.is_cpu for t in tensors):
-        return None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return None
-    if not all(t.dtype is torch.float32 and t.is_contiguous() for t in tables):
-        return None
-    if type(scale) not in (type(None), float, int) or type(softcap) not in (type(None), float, int):
-        return None
-    return (
+    key = (
         layout.spec,
         *((t.shape, t.stride(), t.dtype) for t in (q, k, v)),
-        *((t.data_ptr(), t.shape) for t in tables),
-        None if position is None else position.min_offset,
-        sink is None,
+        None if position is None else (position.table.shape, position.min_offset),
+        None if sink is None else sink.shape,
         scale,
         softcap,
     )
+    plan = _plans.get(key)
+    if plan is None:
+        plan = Plan(make_problem(q, k, v, layout, given, scale, softcap, sink, key_mask, q_pos, k_pos, dropout))
+        while len(_plans) >= _MAX_PLANS:
+            _plans.popitem(last=False)
+        _plans[key] = plan
+    _plans.move_to_end(key)
+    return plan(q, k, v, bias, sink)
 
 
-def find(key: Hashable) -> Plan | None:
-    return _plans.get(key)
-
-
-def make(key: Hashable, problem: Problem) -> Plan:
-    """A plan of a call's problem, which serves all calls of its key."""
-    while len(_plans) >= _MAX_PLANS:
-        _plans.popitem(last=False)
-    plan = _plans[key] = Plan(problem)
-    return plan
+def _are_plain(qkv: tuple[Tensor, ...], tables: Sequence[Tensor]) -> bool:
+    """Whether decoding on these takes no more than their addresses: the CPU backend takes them, and none is lazy."""
+    tensors = (*qkv, *tables)
+    if not is_unwatched(tensors) or torch.is_autocast_enabled("cpu"):
+        return False
+    q = qkv[0]
+    if q.dim() != 4 or q.dtype not in KERNEL_DTYPES or q.shape[2] > MAX_DECODE_ROWS or q.shape[3] > MAX_HEAD_DIM:
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if not t.is_cpu or t.layout is not torch.strided or (grad and t.requires_grad):
+            return False
+        # views whose values are not those in memory
+        if t.is_neg() or t._is_zerotensor():
+            return False
+    return all(t.dtype is torch.float32 and t.is_contiguous() for t in tables)

@@ -290,6 +290,10 @@ def verify(problem: Problem, backend: str, dout: Tensor | None = None, dlse: Ten
             if run_number == 0:
                 eager = _dense(narrow, reference.recomputed_gradients, dout, dlse)
                 lse = eager["lse"] if wide.q[0].dtype == dtype else _dense(wide, reference.recomputed_gradients)["lse"]
+            elif run_number == 1 and wide.q[0].dtype != dtype:
+                # keys turned in the narrow dtype are off, for which rounded scores may make up by luck
+                eager = _dense(wide, reference.recomputed_gradients, dout, dlse)
+                lse = eager["lse"]
             else:
                 eager = _eager_again(narrow, dout, dlse, draw)
                 lse = eager["lse"] if wide.q[0].dtype == dtype else _eager_again(wide, None, None, draw)["lse"]

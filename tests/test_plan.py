@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ LAYOUTS = {
     "full": lcattn.Full(),
     "chunked": (lcattn.Chunked(40) | lcattn.Global(3)) & lcattn.Causal(),
     "per_head": lcattn.PerHead([lcattn.Causal(), lcattn.Window(20, 0), lcattn.Chunked(30), lcattn.Full()]),
-    "function": lcattn.FromMaskMod(lambda b, h, q_idx, kv_idx: (q_idx + kv_idx) % 3 != 1),
     "nothing": lcattn.Window(0, 0) & lcattn.Chunked(8, 0),
 }
 
@@ -35,14 +35,14 @@ def unplanned(call: dict) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("T", [1, 5, 16])
+@pytest.mark.parametrize(("T", "S"), [(1, 90), (5, 90), (16, 90), (12, 7)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_a_repeated_call_gives_the_bits_of_one_without_a_plan(layout, T, dtype, seed):
+def test_a_repeated_call_gives_the_bits_of_one_without_a_plan(layout, T, S, dtype, seed):
     draw = Draw(seed)
 
     def call(strided: bool) -> dict:
-        q, k, v = (draw.normal(2, n, length, 24, dtype=dtype) for n, length in ((4, T), (2, 90), (2, 90)))
+        q, k, v = (draw.normal(2, n, length, 24, dtype=dtype) for n, length in ((4, T), (2, S), (2, S)))
         if strided:
             q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
         return {"q": q, "k": k, "v": v, "layout": LAYOUTS[layout]}
@@ -74,15 +74,21 @@ def test_what_may_differ_has_a_plan_of_its_own(seed):
         {"position": None},
         {"position": lcattn.RelativeBias(table, -19)},
         {"position": lcattn.RelativeBias(table[:1], -20)},
-        {"position": lcattn.RelativeBias(draw.normal(4, 30), -20)},
         {"sink": draw.normal(4)},
         {"scale": 0.5},
         {"softcap": 2.0},
         {"q": q.bfloat16(), "k": k.bfloat16(), "v": v.bfloat16()},
         {"q": q.expand(3, -1, -1, -1), "k": k.expand(3, -1, -1, -1), "v": v.expand(3, -1, -1, -1)},
     ]
+    shared = [
+        {"position": lcattn.RelativeBias(draw.normal(4, 30), -20)},
+        {"position": [lcattn.RelativeBias(draw.normal(4, 30), -20)]},
+        {"position": []},
+        {"sink": draw.normal(4)},
+        {"scale": np.float64(0.5)},
+    ]
     for _ in range(2):
-        for change in changes:
+        for change in changes + shared:
             call = base | change
             got, want = lcattn.attention_with_lse(**call), unplanned(call)
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), change
@@ -103,7 +109,14 @@ def test_calls_that_can_have_no_plan_have_none(seed):
         {"layout": lcattn.Documents(torch.zeros(1, 50, dtype=torch.int32))},
         {"layout": lcattn.TopKBlocks(1, 16) | lcattn.Window(9, 0)},
         {"position": lcattn.Alibi(torch.ones(2))},
-        {"position": [lcattn.RelativeBias(table, 0)]},
+        {"q": torch._neg_view(q)},
+        {"k": torch._neg_view(k)},
+        {"v": torch._neg_view(v)},
+        {"v": torch._efficientzerotensor((1, 2, 50, 16))},
+        {"sink": torch._neg_view(torch.ones(2))},
+        {"position": lcattn.RelativeBias(torch._neg_view(table), 0)},
+        {"position": [lcattn.RelativeBias(table, 0), lcattn.Alibi(torch.ones(2))]},
+        {"layout": lcattn.FromMaskMod(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx - 49)},
         {"position": lcattn.RelativeBias(table.bfloat16(), 0)},
         {"position": lcattn.RelativeBias(table.T.contiguous().T, 0)},
         {"position": lcattn.RelativeBias(table.clone().requires_grad_(), 0)},
@@ -111,8 +124,12 @@ def test_calls_that_can_have_no_plan_have_none(seed):
         {"sink": torch.zeros(2, dtype=torch.bfloat16)},
     ]
     for change in calls:
-        lcattn.attention(**({"q": q, "k": k, "v": v} | change))
+        call = {"q": q, "k": k, "v": v, "layout": lcattn.Full()} | change
+        out = lcattn.attention(**call)
         assert not plan._plans, change
+        if not call.get("dropout"):
+            want = lcattn.attention(**{**call, "backend": "reference"})
+            torch.testing.assert_close(out, want, msg=str(change))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert lcattn.attention(q, k, v).dtype == torch.bfloat16
     assert not plan._plans
@@ -148,15 +165,22 @@ def test_errors_are_those_of_any_call(seed):
 
 
 @torch.no_grad()
-def test_plans_are_few_and_keep_no_keys(seed, monkeypatch):
+def test_plans_are_few_and_keep_nothing_that_is_given(seed, monkeypatch):
     monkeypatch.setattr(plan, "_MAX_PLANS", 3)
     draw = Draw(seed)
     q = draw.normal(1, 2, 1, 16)
+    lcattn.attention(q, q, q)
     for S in range(40, 50):
-        k = draw.normal(1, 2, S, 16)
-        kept = weakref.ref(k)
-        lcattn.attention(q, k, k)
-        del k
+        given = draw.normal(1, 2, S, 16), draw.normal(2, 30), draw.normal(2)
+        kept = [weakref.ref(t.untyped_storage()) for t in given]
+        kept += [weakref.ref(t) for t in given]
+        k, table, sink = given
+        lcattn.attention(q, k, k, position=lcattn.RelativeBias(table, -9), sink=sink)
+        del k, table, sink, given
         gc.collect()
-        assert kept() is None
+        assert not any(ref() is not None for ref in kept)
         assert len(plan._plans) <= 3
+        # what is used stays
+        lcattn.attention(q, q, q)
+    assert len(plan._plans) == 3
+    assert any(known[1][0] == q.shape and known[2][0] == q.shape for known in plan._plans)

@@ -74,8 +74,8 @@ class Documents(Layout):
         return self.q_ids if self.q_ids is not None else self.ids[:, self.ids.shape[1] - ctx_T :]
 
     def _look_up(self, table: Tensor, b: Tensor | int, idx: Tensor) -> Tensor:
-        row = torch.as_tensor(b, device=table.device) if table.shape[0] > 1 else torch.zeros((), dtype=torch.long)
-        return table[row.to(table.device), idx.to(table.device).clamp(0, table.shape[1] - 1)]
+        row = torch.as_tensor(b if table.shape[0] > 1 else 0, device=table.device)
+        return table[row, idx.to(table.device).clamp(0, table.shape[1] - 1)]
 
     def visible(self, q_pos: Tensor, k_pos: Tensor, ctx: Context) -> Tensor:
         assert self.ids is not None

@@ -184,7 +184,7 @@ class TopKBlocks(Layout):
 
     Raises:
         ValueError: k, block, scorer or per is wrong; in a call, T > S without q_pos, or coordinates with gaps, or
-            scores of a wrong shape or NaN.
+            scores of a wrong shape, or NaN from a scorer of one's own.
 
     Source: Lu et al. 2025 (MoBA), equations 5 and 6, with a key for their query.
     """
