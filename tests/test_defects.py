@@ -259,14 +259,6 @@ DEFECTS = (
         SQUARE,
     ),
     Defect(
-        "softcap differentiated by what rounding left of its square",
-        "backward",
-        "slope = capped.slope;",
-        "slope = broadcast(1.0f) - (score * broadcast(1.0f / cap)) * (score * broadcast(1.0f / cap));",
-        "causal-none-saturated",
-        SQUARE,
-    ),
-    Defect(
         "dropout transposed in the backward",
         "backward",
         "transpose(kept);",

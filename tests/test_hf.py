@@ -31,7 +31,8 @@ _SMALL = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden
 _SMALL |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 _GQA = dict(num_key_value_heads=2, head_dim=16)
 _T5 = dict(vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0)
-_T5 |= dict(pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+# smooth: at the kink of a ReLU rounding decides between two gradients
+_T5 |= dict(feed_forward_proj="gelu", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
 _LOCAL_GLOBAL = ["sliding_attention", "full_attention"]
 
 # architecture: model class, configuration, what is trusted
@@ -120,7 +121,7 @@ MODELS: dict[str, tuple[Any, Any, str]] = {
         "sdpa",
     ),
     "t5": (tf.T5ForConditionalGeneration, tf.T5Config(**_T5), "eager"),
-    "mt5": (tf.MT5ForConditionalGeneration, tf.MT5Config(**_T5, feed_forward_proj="gated-gelu"), "eager"),
+    "mt5": (tf.MT5ForConditionalGeneration, tf.MT5Config(**_T5 | dict(feed_forward_proj="gated-gelu")), "eager"),
 }
 DECODERS = ["gpt2", "llama", "qwen3", "mistral", "gemma2", "gemma3", "phi", "gpt_neox", "gpt_oss"]
 _QUERIES = r"(\.q|query|q_proj|Wqkv|c_attn|q_attn|query_key_value)\.weight$"

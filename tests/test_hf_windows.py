@@ -33,7 +33,8 @@ _BERT |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embed
 _BART = dict(vocab_size=VOCAB, d_model=64, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64, decoder_ffn_dim=64)
 _BART |= dict(encoder_attention_heads=4, decoder_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 _T5 = dict(vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0)
-_T5 |= dict(pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, local_radius=11)
+# smooth: at the kink of a ReLU rounding decides between two gradients
+_T5 |= dict(feed_forward_proj="gelu", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, local_radius=11)
 
 _BIRD = dict(block_size=8, num_random_blocks=2, attention_type="block_sparse")
 
