@@ -28,6 +28,11 @@ def cpu_kernels_exist() -> bool:
     return _C is not None
 
 
+def outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for out and lse, whatever the default device is."""
+    return torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
+
+
 class CpuBackend:
     """Fused C++ kernels for AVX-512, AVX2 and everything else, chosen at run time."""
 
@@ -56,8 +61,7 @@ class CpuBackend:
         if differentiable or q.shape[2] * (q.shape[1] // problem.k[0].shape[1]) > MAX_DECODE_ROWS:
             problem = problem.turned()
         _, inputs = kernel_inputs(problem)
-        out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
+        out, lse = outputs(q)
         rest = torch.empty_like(lse) if differentiable else None
         torch.ops.lcattn.cpu_forward(*inputs, out, lse, rest)
         return out, lse, lse.new_empty(0) if rest is None else rest

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cpu import _C, KERNEL_DTYPES, MAX_DECODE_ROWS, MAX_HEAD_DIM
+from .cpu import _C, KERNEL_DTYPES, MAX_DECODE_ROWS, MAX_HEAD_DIM, outputs
 from .inputs import kernel_inputs
 from .layout import Layout
 from .ops import is_unwatched
-from .position import Position, RelativeBias
+from .position import RelativeBias
 from .problem import Problem
 
 _MAX_PLANS = 256
@@ -29,7 +30,7 @@ class Plan:
 
     def __init__(self, problem: Problem) -> None:
         _, inputs = kernel_inputs(problem)
-        out, lse = _outputs(problem.q[0])
+        out, lse = outputs(problem.q[0])
         bytes_ = torch.empty(_C.cpu_plan_bytes, dtype=torch.uint8, device="cpu")
         torch.ops.lcattn.cpu_forward_plan(*inputs, out, lse, bytes_)
         # it points into the table and coordinates; the rest is given anew
@@ -39,7 +40,7 @@ class Plan:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _outputs(q)
+        out, lse = outputs(q)
         _C.run_cpu_plan(
             self._address,
             q.data_ptr(),
@@ -53,37 +54,20 @@ class Plan:
         return out, lse
 
 
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
-
-
 def attention(
-    make_problem: Callable[..., Problem],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    position: Position | Sequence[Position] | None,
-    scale: float | None,
-    softcap: float | None,
-    sink: Tensor | None,
-    key_mask: Tensor | None,
-    q_pos: Tensor | None,
-    k_pos: Tensor | None,
-    dropout: float,
-    backend: str,
+    make_problem: Callable[..., Problem], call: tuple[Any, ...], backend: str
 ) -> tuple[Tensor, Tensor] | None:
     """out and lse of a call by its plan, which is made if there is none; None where a call can have no plan.
 
     Args:
-        make_problem: checks all arguments after it but the last, as given here, and lowers them.
+        make_problem: checks the arguments of the call and lowers them; call: these, in its order, not yet checked.
     """
+    q, k, v, layout, position, scale, softcap, sink, key_mask, q_pos, k_pos, dropout = call
     if _C is None or backend not in ("auto", "cpu") or dropout != 0 or not isinstance(layout, Layout):
         return None
     # tables of layouts that read indices are made for a length, those of others serve many
     if layout.by_index or layout.by_content or key_mask is not None or q_pos is not None or k_pos is not None:
         return None
-    given = position
     if isinstance(position, (list, tuple)) and len(position) < 2:
         position = position[0] if position else None
     if not (position is None or type(position) is RelativeBias):
@@ -102,7 +86,7 @@ def attention(
     )
     plan = _plans.get(key)
     if plan is None:
-        plan = Plan(make_problem(q, k, v, layout, given, scale, softcap, sink, key_mask, q_pos, k_pos, dropout))
+        plan = Plan(make_problem(*call))
         while len(_plans) >= _MAX_PLANS:
             _plans.popitem(last=False)
         _plans[key] = plan
