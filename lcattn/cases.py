@@ -372,7 +372,7 @@ SHAPES: tuple[Shape, ...] = (
 )
 
 # drawn besides for the CPU: heads that share keys, and more of these than its kernels keep at hand
-CPU_SHAPES: tuple[Shape, ...] = (*SHAPES, Shape(4, 6, 2, 90, 600, 128))
+CPU_SHAPES: tuple[Shape, ...] = (*SHAPES, Shape(4, 4, 2, 70, 530, 128))
 
 
 def make(

@@ -60,7 +60,7 @@ class CpuBackend:
         q = problem.q[0]
         if differentiable or q.shape[2] * (q.shape[1] // problem.k[0].shape[1]) > MAX_DECODE_ROWS:
             problem = problem.turned()
-        _, inputs = kernel_inputs(problem)
+        _, inputs = kernel_inputs(problem, transposed=False)
         out, lse = outputs(q)
         rest = torch.empty_like(lse) if differentiable else None
         torch.ops.lcattn.cpu_forward(*inputs, out, lse, rest)

@@ -66,7 +66,7 @@ class _GpuBackend:
 
     def forward(self, problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:
         q = problem.q[0]
-        _, inputs = kernel_inputs(problem.turned())
+        _, inputs = kernel_inputs(problem.turned(), transposed=False)
         q_list, k_list, v_list = ([_aligned(t) for t in tensors] for tensors in inputs[:3])
         inputs = inputs._replace(q=q_list, k=k_list, v=v_list)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -56,11 +56,16 @@ class KernelInputs(NamedTuple):
     seed: int
 
 
-def kernel_inputs(problem: Problem) -> tuple[BlockTable, KernelInputs]:
-    """The block table of a problem, on the device of its tensors, and the inputs of its kernels."""
+def kernel_inputs(problem: Problem, transposed: bool = True) -> tuple[BlockTable, KernelInputs]:
+    """The block table of a problem, on the device of its tensors, and the inputs of its kernels.
+
+    Without `transposed` the table may lack its transposed side, which only a backward reads.
+    """
     B, H, G, T, S, _ = problem.sizes
     device = problem.q[0].device
-    table, row_start, default = call_table(problem.layout, problem.phases, B, H, G, T, S, problem.q_pos, problem.k_pos)
+    table, row_start, default = call_table(
+        problem.layout, problem.phases, B, H, G, T, S, problem.q_pos, problem.k_pos, transposed
+    )
     if table.seg_ptr.device != device:
         table = _on_device(table, device)
     q_pos = k_pos = None

@@ -235,7 +235,7 @@ class Grid:
         return ids
 
 
-@dataclass
+@dataclass(frozen=True)
 class Found:
     """What classing found of one phase: full rectangles and tiled blocks, each with the table (b, h) it is of.
 
@@ -291,7 +291,7 @@ def _expand(full: Tensor, first_row: Tensor, transpose: bool) -> tuple[Tensor, T
     return (first_row + first)[which] + within, block[which], count[which]
 
 
-def pack(
+def to_segments(
     segment: Tensor, block: Tensor, payload: Tensor, n_rows: int, n_blocks: int, n_phases: int
 ) -> tuple[Tensor, Tensor]:
     """seg_ptr [n_rows, 2 P + 1] and entries [n, 2] of one direction, from entries [n] in any order.
@@ -336,7 +336,7 @@ def _assemble(
             blocks.append(block)
             payloads.append(payload)
     parts = (torch.cat(segments), torch.cat(blocks), torch.cat(payloads))
-    seg_ptr, entries = pack(*parts, n_tables * n_rows, n_blocks, n_phases)
+    seg_ptr, entries = to_segments(*parts, n_tables * n_rows, n_blocks, n_phases)
     return seg_ptr, entries[: int(seg_ptr[-1, -1])].clone()
 
 
@@ -409,8 +409,7 @@ def lower(
                 tiles.append(new)
                 n_tiles += len(new)
     mask_tiles, renumber = _unique_tiles(torch.cat(tiles))
-    for piece in found:
-        piece.tile = renumber[piece.tile]
+    found = [dataclasses.replace(piece, tile=renumber[piece.tile]) for piece in found]
     n_q, n_k = -(-T // block_q), -(-S // block_k)
     seg_ptr, entries = _assemble(found, Bt * Ht, n_q, n_k, len(split), transpose=False)
     seg_ptr_t, entries_t = _assemble(found, Bt * Ht, n_k, n_q, len(split), transpose=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .layout import Full, Layout, Not, SelectedBlocks
 from .layout.base import Joined, Or
-from .lowering import BlockTable, cached_table, lower, on_cpu, pack, run_start
+from .lowering import BlockTable, cached_table, lower, on_cpu, run_start, to_segments
 
 # rows and columns of a block of the table
 _BLOCK = 64
@@ -35,10 +35,12 @@ def call_table(
     S: int,
     q_pos: Tensor | None,
     k_pos: Tensor | None,
+    transposed: bool = True,
 ) -> tuple[BlockTable, int, bool]:
     """`cached_table` for any layout: the table, the row of its first query, whether coordinates stay the defaults.
 
-    Its tables are 1, G or H for each batch row: heads of a group that share all they see share one.
+    Its tables are 1, G or H for each batch row: heads of a group that share all they see share one. A forward reads
+    no transposed side, so one that would be built for this call alone may be left empty.
     """
     if not any(_selections(part) for part in (layout, *phases)):
         return cached_table(layout, phases, B, H, T, S, q_pos, k_pos)
@@ -49,7 +51,8 @@ def call_table(
         # only coordinates let rows of the table be counted from a block's edge
         if start == 0 or not any(part.by_index for part in (nothing, *phases)):
             base, full = (cached_table(part, phases, B, H, T, S, q_pos, k_pos)[0] for part in (nothing, everything))
-            table = _merge(base, full, selected, (B, H, T, S), start, _n_tables(layout, phases, H, G))
+            heads = _n_tables(layout, phases, H, G)
+            table = _merge(base, full, selected, (B, H, T, S), start, heads, transposed)
             return table, start % _BLOCK, start < _BLOCK
     heads = _n_tables(layout, phases, H, G)
     if heads == G < H:
@@ -202,9 +205,9 @@ class _Side:
             segment = torch.where(live, segment, self.n_rows_in_all * 2 * self.n_phases)
         self.parts.append((segment, block, payload))
 
-    def pack(self) -> tuple[Tensor, Tensor]:
+    def to_segments(self) -> tuple[Tensor, Tensor]:
         segment, block, payload = map(torch.cat, zip(*self.parts, strict=True))
-        return pack(segment, block, payload, self.n_rows_in_all, self.n_blocks, self.n_phases)
+        return to_segments(segment, block, payload, self.n_rows_in_all, self.n_blocks, self.n_phases)
 
 
 def _merge(
@@ -214,6 +217,7 @@ def _merge(
     problem: tuple[int, int, int, int],
     start: int,
     Ht: int,
+    transposed: bool,
 ) -> BlockTable:
     """The table of T queries from coordinate `start`, its first row the one in which that stands.
 
@@ -223,6 +227,7 @@ def _merge(
     Args:
         base: the table with nothing selected; everything: with everything selected.
         problem: B, H, T, S; Ht: tables for each batch row, 1, G or H.
+        transposed: whether to build the transposed side, which is empty otherwise.
     """
     B, H, T, S = problem
     device = selected.blocks.device
@@ -241,23 +246,25 @@ def _merge(
     looked = keys.of(shared, row, block)
     old_parts = _entries(base, first_row, Bt, Ht, keys, device)
     new_parts = _entries(everything, first_row, n_b, n_h, keys, device)
-    by_query, by_key = (_Side(keys, n_tables, n_phases, transpose) for transpose in (False, True))
+    sides = [_Side(keys, n_tables, n_phases, transpose) for transpose in ((False, True) if transposed else (False,))]
     for phase, (old, new) in enumerate(zip(old_parts, new_parts, strict=True)):
-        by_query.add(phase, _RUN, old.run_key, old.run_count)
-        by_key.add(phase, _RUN, old.block_key, torch.ones_like(old.block_key))
         # where all is visible with nothing selected, selecting changes nothing
         added = fresh & ~old.runs_over(chosen)
         tile = new.tile_of(looked)
-        for side in (by_query, by_key):
+        for side in sides:
+            if side.transpose:
+                side.add(phase, _RUN, old.block_key, torch.ones_like(old.block_key))
+            else:
+                side.add(phase, _RUN, old.run_key, old.run_count)
             side.add(phase, _RUN, chosen, torch.ones_like(chosen), added & new.runs_over(looked))
             side.add(phase, _TILE, chosen, tile + len(base.mask_tiles), added & (tile >= 0))
             side.add(phase, _TILE, old.tile_key, old.tile, ~_among(old.tile_key, chosen))
-    seg_ptr, entries = by_query.pack()
-    seg_ptr_t, entries_t = by_key.pack()
+    (seg_ptr, entries), *by_key = (side.to_segments() for side in sides)
+    seg_ptr_t, entries_t = by_key[0] if by_key else (seg_ptr[:0], entries[:0])
     return BlockTable(
         seg_ptr.reshape(Bt, Ht, n_rows, -1),
         entries,
-        seg_ptr_t.reshape(Bt, Ht, keys.n_columns, -1),
+        seg_ptr_t.reshape(Bt, Ht, len(seg_ptr_t) // n_tables, seg_ptr.shape[1]),
         entries_t,
         _tiles(base, everything, device),
         _BLOCK,

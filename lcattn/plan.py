@@ -29,7 +29,7 @@ class Plan:
     """A forward on the CPU that runs on any tensors of the shapes, strides and dtypes that it was made of."""
 
     def __init__(self, problem: Problem) -> None:
-        _, inputs = kernel_inputs(problem)
+        _, inputs = kernel_inputs(problem, transposed=False)
         out, lse = outputs(problem.q[0])
         bytes_ = torch.empty(_C.cpu_plan_bytes, dtype=torch.uint8, device="cpu")
         torch.ops.lcattn.cpu_forward_plan(*inputs, out, lse, bytes_)

@@ -27,7 +27,7 @@ BUILT = ROOT / "build" / "native" / str(sysconfig.get_config_var("SOABI"))
 SQUARE = Shape(1, 4, 2, 200, 200, 32)
 MORE_KEYS = Shape(2, 3, 1, 65, 190, 20)
 # heads that share keys, and more of these than are kept at hand
-GROUPED = Shape(4, 6, 2, 90, 600, 128)
+GROUPED = Shape(4, 4, 2, 70, 530, 128)
 # one sequence, which two threads share in the backward
 SHARED = Shape(1, 1, 1, 193, 257, 80)
 # so many key blocks that two threads share a row of them
@@ -253,8 +253,8 @@ DEFECTS = (
     Defect(
         "softcap not differentiated",
         "backward",
-        "slope = capped.slope;",
-        "slope = broadcast(1.0f);",
+        "prob * dprob * capped.slope",
+        "prob * dprob",
         "causal-none-softcap",
         SQUARE,
     ),
@@ -377,10 +377,10 @@ print(json.dumps(broken))
 """
 
 
-def build(folder: Path, units: tuple[str, ...], others: Path) -> Path:
+def build(folder: Path, units: tuple[str, ...], others: Path, optimize: str = "-O0") -> Path:
     """Links folder/_C.so: portable units of folder/csrc compiled in haste, other objects as they are elsewhere."""
     plan = (BUILT / "build.ninja").read_text()
-    plan = plan.replace(f"{ROOT}/csrc/", f"{folder}/csrc/").replace(" -O3 ", " -O0 ")
+    plan = plan.replace(f"{ROOT}/csrc/", f"{folder}/csrc/").replace(" -O3 ", f" {optimize} ")
 
     def inputs(line: re.Match[str]) -> str:
         here = {f"portable/{unit}.o" for unit in units} | {"portable.o"}
@@ -392,7 +392,7 @@ def build(folder: Path, units: tuple[str, ...], others: Path) -> Path:
     plan = re.sub(r"^(build (?:portable\.o: isolate|_C\.so: link) )(.*)$", inputs, plan, flags=re.MULTILINE)
     (folder / "build.ninja").write_text(plan)
     command = [sys.executable, "-m", "ninja", "-C", folder, "-j", "1", "_C.so"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, f"does not compile:\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     return folder / "_C.so"
 
@@ -402,7 +402,7 @@ def broken_cases(extension: Path, classes: list[tuple[str, Shape]]) -> list[str]
     command = [sys.executable, "-c", CHILD, extension, str(SEED), json.dumps([(n, asdict(s)) for n, s in classes])]
     # several at once: threads that spin while they wait would take the processors from each other
     environment = os.environ | {"LCATTN_CPU_ISA": "portable", "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment, cwd=ROOT)
     assert done.returncode == 0, f"not an answer but a crash ({done.returncode}):\n{done.stderr[-3000:]}"
     return list(json.loads(done.stdout.splitlines()[-1]))
 
@@ -426,7 +426,8 @@ def undamaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs the objects of a build in this tree: make test")
     folder = tmp_path_factory.mktemp("undamaged")
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    build(folder, ("backward", "decode", "forward", "turn"), folder)
+    # run for all classes of case, which takes longer than a better compilation
+    build(folder, ("backward", "decode", "forward", "turn"), folder, "-O1")
     return folder
 
 

@@ -148,16 +148,60 @@ def _one(statement: str) -> str:
 
 
 def _write_after_volatile_reads(between: str, store: str = "st.global.u32") -> None:
-    statement = f"""mov.u32 %a, %tid.x; setp.eq.u32 %q, %a, 32; ld.param.u64 %w, [p];
+    """Thread 64 of 96 writes what the others read."""
+    statement = f"""mov.u32 %a, %tid.x; setp.eq.u32 %q, %a, 64; ld.param.u64 %w, [p];
         @!%q ld.volatile.global.u32 %b, [%w]; {between} @%q {store} [%w], %a;"""
-    emulate(_one(statement), "one", (1, 1, 1), (64, 1, 1), args=[torch.zeros(1), 0])
+    emulate(_one(statement), "one", (1, 1, 1), (96, 1, 1), args=[torch.zeros(1), 0])
 
 
 def test_a_plain_write_after_volatile_reads() -> None:
     _write_after_volatile_reads("bar.sync 0;")
     _write_after_volatile_reads("", "st.volatile.global.u32")
-    with pytest.raises(EmulationError, match=r"race \(write after read\): 4-byte write of .* which thread 0 read"):
+    race = r"race \(write after read\): 4-byte write of .* which thread"
+    with pytest.raises(EmulationError, match=f"{race} 0 read"):
         _write_after_volatile_reads("")
+    with pytest.raises(EmulationError, match=f"{race} 0 read"):
+        _write_after_volatile_reads("@%q st.volatile.global.u32 [%w], %a;")
+    # the first warp, which read first, is waited for, but not the second
+    with pytest.raises(EmulationError, match=f"{race} 32 read"):
+        _write_after_volatile_reads(
+            "div.u32 %b, %a, 32; setp.eq.u32 %q, %b, 1; @!%q bar.sync 1, 64; setp.eq.u32 %q, %a, 64;"
+        )
+
+
+# blocks 0 to 2 read the first word, and then release to block 3 by the second one
+READ = "ld.global.u32 %b, [%w];"
+RELEASE = "membar.gl; atom.global.add.u32 %b, [%w+4], 1;"
+
+
+def _write_after_other_blocks(first: str, second: str, third: str, write: str = "st.global.u32 [%w], %a;") -> None:
+    statement = f"""mov.u32 %a, %ctaid.x; ld.param.u64 %w, [p];
+        setp.eq.u32 %q, %a, 0; @%q bra first; setp.eq.u32 %q, %a, 1; @%q bra second; setp.eq.u32 %q, %a, 2;
+        @%q bra third; atom.global.add.u32 %b, [%w+4], 1; membar.gl; {write} ret;
+        first: {first} ret; second: {second} ret; third: {third}"""
+    emulate(_one(statement), "one", (4, 1, 1), (1, 1, 1), args=[torch.zeros(2), 0])
+
+
+def test_a_write_after_reads_of_other_blocks() -> None:
+    released = [READ + RELEASE] * 3
+    _write_after_other_blocks(*released)
+    race = r"race \(write after read\): 4-byte write of .* which thread 0 of another block read"
+    for block in range(3):
+        for unreleased in (READ, RELEASE + READ):
+            with pytest.raises(EmulationError, match=race):
+                _write_after_other_blocks(*released[:block], unreleased, *released[block + 1 :])
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_strong_accesses_of_a_block_meet_no_other_block(block: int) -> None:
+    def reads(scope: str) -> list[str]:
+        return [f"ld.relaxed.{scope if i == block else 'gpu'}.global.u32 %b, [%w];" for i in range(3)]
+
+    write = "st.relaxed.gpu.global.u32 [%w], %a;"
+    _write_after_other_blocks(*reads("gpu"), write=write)
+    for scope, store in (("cta", write), ("gpu", "st.relaxed.cta.global.u32 [%w], %a;")):
+        with pytest.raises(EmulationError, match=r"race \(write after read\)"):
+            _write_after_other_blocks(*reads(scope), write=store)
 
 
 def _shared_arrays(offset: int) -> torch.Tensor:

@@ -263,6 +263,9 @@ def test_table_is_visible(drawn, in_phases):
         got = got.repeat_interleave(heads // got.shape[1], 1)
         assert torch.equal(got.expand_as(want), want)
     assert pairs(table.seg_ptr, table.entries, False) == pairs(table.seg_ptr_t, table.entries_t, True)
+    forward, _, _ = call_table(layout, phases, batch, heads, groups, T, S, None, None, transposed=False)
+    for name in ("seg_ptr", "entries", "mask_tiles"):
+        assert torch.equal(getattr(forward, name), getattr(table, name))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

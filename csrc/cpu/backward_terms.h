@@ -92,14 +92,11 @@ class SlowTile {
     for (int64_t r = 0; r < tile.rows; ++r) {
       for (int64_t j = 0; j < kBlock; j += kWidth) {
         const int64_t at = r * kBlock + j;
-        Vec score = load(scores_ + at) + terms.at(r, j), slope = broadcast(1.0f);
-        if (cap > 0.0f) {
-          const Tanh capped = tanh_and_slope(score * broadcast(1.0f / cap));
-          score = broadcast(cap) * capped.value;
-          slope = capped.slope;
-        }
+        Capped capped = {load(scores_ + at) + terms.at(r, j), broadcast(1.0f)};
+        if (cap > 0.0f) capped = soft_cap(capped.score, cap);
         const Mask seen = lanes_of(tile.visible->bits, r, j);
-        const Vec shifted = score + broadcast(tile.minus_lse[r]) + broadcast(tile.minus_rest[r]);
+        const Vec shifted =
+            capped.score + broadcast(tile.minus_lse[r]) + broadcast(tile.minus_rest[r]);
         const Vec prob = zero_unless(seen, exp2(shifted));
         Vec dropped = prob, dprob = load(ds + at);
         if (p_.dropout > 0.0f) {
@@ -109,7 +106,7 @@ class SlowTile {
         }
         store(p + at, dropped);
         dprob = dprob + broadcast(tile.minus_delta[r]);
-        store(ds + at, zero_unless(seen, prob * dprob * slope));
+        store(ds + at, zero_unless(seen, prob * dprob * capped.slope));
       }
     }
   }

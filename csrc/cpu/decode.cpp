@@ -256,7 +256,7 @@ class DecodeTile {
     Vec largest = broadcast(-kInf);
     for (int64_t lane = 0; lane < kBlock; lane += kWidth) {
       Vec score = load(at + lane);
-      if (cap > 0.0f) score = soft_cap(score, cap);
+      if (cap > 0.0f) score = soft_cap(score, cap).score;
       const Mask mask = mask_from_bits(static_cast<uint32_t>(seen >> lane));
       score = select(mask, score, broadcast(-kInf));
       store(at + lane, score);

@@ -290,7 +290,7 @@ class ForwardTile {
       Vec new_max = old_max;
       for (int64_t r = 0; r < n_k; ++r) {
         Vec score = load(tile_ + r * kBlock + lane) + terms.at(r, lane);
-        if (cap > 0.0f) score = soft_cap(score, cap);
+        if (cap > 0.0f) score = soft_cap(score, cap).score;
         if (mask) {
           const Mask seen = mask_from_bits(static_cast<uint32_t>(mask->by_key.row[r] >> lane));
           score = select(seen, score, broadcast(-kInf));

@@ -62,8 +62,14 @@ struct TermTile {
   LCATTN_INLINE Vec at(int64_t row, int64_t lane) const { return load(data + row * stride + lane); }
 };
 
-LCATTN_INLINE Vec soft_cap(Vec score, float cap) {
-  return broadcast(cap) * tanh(score * broadcast(1.0f / cap));
+struct Capped {
+  // the slope by the score before the cap
+  Vec score, slope;
+};
+
+LCATTN_INLINE Capped soft_cap(Vec score, float cap) {
+  const Tanh tanh = tanh_and_slope(score * broadcast(1.0f / cap));
+  return {broadcast(cap) * tanh.value, tanh.slope};
 }
 
 template <bool kQueryLanes>

@@ -351,8 +351,6 @@ LCATTN_INLINE Tanh tanh_and_slope(Vec x) {
   return {select(less(size, broadcast(0.625f)), near, far), rest * (two - rest)};
 }
 
-LCATTN_INLINE Vec tanh(Vec x) { return tanh_and_slope(x).value; }
-
 // While it lives, results too small for a normal float become 0: products with subnormals are slow,
 // and exponentials far below their row's maximum would be subnormal. Inputs are read as they are.
 class FlushSubnormals {

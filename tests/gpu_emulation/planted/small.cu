@@ -29,6 +29,7 @@ enum Defect : int {
   kOverwritesSourceOfCopy,
   kExitsWithCopyUnderWay,
   kMisalignedCopy,
+  kLaneArrivesForAnother,
 };
 
 constexpr int kThreads = 64;
@@ -110,7 +111,12 @@ extern "C" __global__ void hand_over(const float* x, float* y, int rounds, int d
     if (threadIdx.x < 32) {
       if (round > 0 && defect != kProducerDoesNotWait) named_barrier(kEmpty, kThreads);
       staged[lane] = x[round * 32 + lane];
-      arrive(kFull, count);
+      if (defect == kLaneArrivesForAnother) {
+        if (lane != 5) arrive(kFull, count);
+        if (lane == 6) arrive(kFull, count);
+      } else {
+        arrive(kFull, count);
+      }
     } else {
       if (defect != kConsumerDoesNotWait) named_barrier(kFull, count);
       y[round * 32 + lane] = staged[31 - lane];

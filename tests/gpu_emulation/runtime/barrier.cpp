@@ -112,6 +112,11 @@ void barrier_sync(Thread& thread, uint32_t number, uint32_t count, bool aligned,
 void barrier_arrive(Thread& thread, uint32_t number, uint32_t count, bool aligned, uint32_t site) {
   if (!count) fail(thread, site, "bar.arrive needs a count of threads");
   Barrier& barrier = arrive(thread, number, count, site);
+  if (aligned) {
+    ++thread.arrivals;
+    thread.arrival_hash = (thread.arrival_hash ^ (site << 4 | number)) * 16777619u;
+    thread.last_arrival = site;
+  }
   if (launched().options.check) {
     if (!barrier.contributed) barrier.contributed = std::make_unique<Clock>();
     contribute(*barrier.contributed, thread);
@@ -123,6 +128,18 @@ void barrier_arrive(Thread& thread, uint32_t number, uint32_t count, bool aligne
     return;
   }
   complete(barrier, number, aligned);
+}
+
+void check_arrivals(const Warp& warp) {
+  if (warp.exited != warp.present) return;
+  const Thread& first = warp.threads[0];
+  for (uint32_t lane = 1; lane < kLanes && warp.present >> lane & 1; ++lane) {
+    const Thread& thread = warp.threads[lane];
+    if (thread.arrivals == first.arrivals && thread.arrival_hash == first.arrival_hash) continue;
+    fail(thread, (thread.arrivals < first.arrivals ? first : thread).last_arrival,
+         "divergent bar.arrive: the lane executed %u of them, lane 0 of its warp %u, not the same",
+         thread.arrivals, first.arrivals);
+  }
 }
 
 }  // namespace emulation

@@ -1,5 +1,6 @@
 #include "checker.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "launch.h"
@@ -75,16 +76,18 @@ bool are_ordered(const Thread& thread, const Readers& readers) {
   return true;
 }
 
+Strength strength(const AccessKind& kind) {
+  if (!kind.is_strong) return Strength::kPlain;
+  return kind.is_block_scope ? Strength::kBlock : Strength::kDevice;
+}
+
 void record_read(const Checked& checked, Shadow& shadow, Cell& cell) {
   const Thread& thread = checked.thread;
   const Readers mine = {Stamp::of(thread.warp->block->serial, thread.warp->index, thread.epoch),
-                        1u << thread.lane};
+                        1u << thread.lane, strength(checked.kind)};
   Readers& readers = cell.readers;
   if (readers.lanes && readers.warp.block != mine.warp.block) {
-    const bool is_this_launch = readers.warp.block >= launched().first_block;
-    const uint32_t other = is_this_launch ? readers.warp.block : 0;
-    shadow.forget_readers(cell);
-    cell.other_block = other;
+    shadow.hand_on_readers(cell, launched().first_block);
   }
   if (!readers.lanes) {
     readers = mine;
@@ -98,19 +101,42 @@ void record_read(const Checked& checked, Shadow& shadow, Cell& cell) {
     }
     return nullptr;
   };
-  if (Readers* same = find([&](const Readers& have) { return have.warp == mine.warp; })) {
+  const auto is_same = [&](const Readers& have) {
+    return have.warp == mine.warp && have.strength == mine.strength;
+  };
+  // what is ordered after this read will be after that one, and whatever may meet this one may meet
+  // that one
+  const auto is_before = [&](const Readers& have) {
+    return have.strength >= mine.strength && are_ordered(thread, have);
+  };
+  if (Readers* same = find(is_same)) {
     same->lanes |= mine.lanes;
-  } else if (Readers* old = find([&](const Readers& have) { return are_ordered(thread, have); })) {
+  } else if (Readers* old = find(is_before)) {
     *old = mine;
   } else {
     shadow.more_readers(cell).push_back(mine);
   }
 }
 
+// strong accesses may meet unordered, if each is strong to the other's block
+bool may_meet(const Checked& checked, uint32_t block, Strength read) {
+  const Strength least =
+      block == checked.thread.warp->block->serial ? Strength::kBlock : Strength::kDevice;
+  return read >= least && strength(checked.kind) >= least;
+}
+
+// whether a thread knows of what all threads of another block did in an epoch
+bool may_be_ordered(const Thread& thread, const OtherReader& reader) {
+  if (!thread.clock || !thread.clock->others) return false;
+  const auto found = thread.clock->others->find(reader.block);
+  if (found == thread.clock->others->end()) return false;
+  return std::ranges::any_of(*found->second, [&](uint32_t time) { return time >= reader.epoch; });
+}
+
 void check_readers(const Checked& checked, size_t offset, const Shadow& shadow, const Cell& cell) {
   const Thread& thread = checked.thread;
-  const auto check = [&](const Readers& readers) {
-    if (!readers.lanes || are_ordered(thread, readers)) return;
+  shadow.for_each_readers(cell, [&](const Readers& readers) {
+    if (may_meet(checked, readers.warp.block, readers.strength)) return;
     for (uint32_t lanes = readers.lanes; lanes; lanes &= lanes - 1) {
       const uint32_t other = readers.warp.who() * kLanes + __builtin_ctz(lanes);
       if (!is_ordered(thread, readers.warp.block, other, readers.warp.epoch())) {
@@ -118,21 +144,33 @@ void check_readers(const Checked& checked, size_t offset, const Shadow& shadow, 
                     ~0u);
       }
     }
-  };
-  check(cell.readers);
-  if (cell.more_readers) {
-    for (const Readers& readers : shadow.reader_lists[cell.more_readers - 1]) check(readers);
-  }
-  const uint32_t other = cell.other_block;
-  if (other < launched().first_block || other == 0 || other == thread.warp->block->serial) return;
-  const bool acquired =
-      thread.clock && thread.clock->others && thread.clock->others->contains(other);
-  if (!acquired) report_race(checked, offset, "race (write after read)", other, 0, "read", ~0u);
+  });
+  shadow.for_each_other(cell.other_readers, launched().first_block, [&](const OtherReader& reader) {
+    if (reader.block == thread.warp->block->serial) return;
+    if (may_meet(checked, reader.block, reader.strength) || may_be_ordered(thread, reader)) return;
+    report_race(checked, offset, "race (write after read)", reader.block, 0, "read", ~0u);
+  });
 }
 
-bool follows_strong_read(const Thread& thread, const Cell& cell) {
-  const Stamp read = cell.strong_read;
-  return !read.block || is_ordered(thread, read.block, read.who(), read.epoch());
+// after a write: those that it may meet are still unordered with what comes after it
+void forget_checked(const Checked& checked, Shadow& shadow, Cell& cell) {
+  std::vector<Readers> kept;
+  std::vector<OtherReader> others;
+  if (checked.kind.is_strong) {
+    shadow.for_each_readers(cell, [&](const Readers& readers) {
+      if (may_meet(checked, readers.warp.block, readers.strength)) kept.push_back(readers);
+    });
+    shadow.for_each_other(cell.other_readers, launched().first_block,
+                          [&](const OtherReader& reader) {
+                            if (may_meet(checked, reader.block, reader.strength))
+                              others.push_back(reader);
+                          });
+  }
+  shadow.forget_readers(cell);
+  for (size_t i = others.size(); i > 0; --i) shadow.add(cell.other_readers, others[i - 1]);
+  if (kept.empty()) return;
+  cell.readers = kept.front();
+  if (kept.size() > 1) shadow.more_readers(cell).assign(kept.begin() + 1, kept.end());
 }
 
 // generated code may have threads that hold the same value all store it
@@ -172,25 +210,10 @@ void check_cell(const Checked& checked, size_t offset, uint8_t state, Cell& cell
     }
   }
   const Stamp mine = Stamp::of(thread.warp->block->serial, thread.index, thread.epoch);
-  if (!writes(access)) {
-    if (!checked.kind.is_strong) {
-      record_read(checked, shadow, cell);
-    } else if (follows_strong_read(thread, cell)) {
-      cell.strong_read = mine;
-    }
-    return;
-  }
-  // a strong read may meet strong writes unordered, and a plain write is what it is not safe from
-  if (!checked.kind.is_strong) {
-    if (!follows_strong_read(thread, cell)) {
-      report_race(checked, offset, "race (write after read)", cell.strong_read.block,
-                  cell.strong_read.who(), "read", ~0u);
-    }
-    cell.strong_read = {};
-  }
-  if (cell.readers.lanes || cell.other_block) {
+  if (!writes(access)) return record_read(checked, shadow, cell);
+  if (cell.readers.lanes || cell.other_readers) {
     check_readers(checked, offset, shadow, cell);
-    shadow.forget_readers(cell);
+    forget_checked(checked, shadow, cell);
   }
   cell.write = mine;
   cell.write_site = checked.site;

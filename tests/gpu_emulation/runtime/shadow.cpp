@@ -15,6 +15,8 @@ void Shadow::reset(size_t bytes) {
   free_quarters.clear();
   reader_lists.clear();
   free_reader_lists.clear();
+  other_reader_lists.clear();
+  other_reader_indices.clear();
 }
 
 void Shadow::mark_written(size_t begin, size_t end) {
@@ -44,6 +46,9 @@ void Shadow::divide(Cell& cell) {
 
 void Shadow::unite(Cell& cell) {
   auto* parts = cell.quarters;
+  for (const Cell& part : *parts) {
+    if (part.readers.lanes || part.other_readers) return;
+  }
   cell = parts->front();
   free_quarters.push_back(parts);
 }
@@ -76,7 +81,41 @@ void Shadow::forget_readers(Cell& cell) {
     cell.more_readers = 0;
   }
   cell.readers = {};
-  cell.other_block = 0;
+  cell.other_readers = 0;
+}
+
+void Shadow::add(uint32_t& other_readers, const OtherReader& reader) {
+  const OtherReaders list = {other_readers, reader};
+  // neighbouring cells have been read alike
+  if (other_reader_lists.empty() || other_reader_lists[latest_list - 1] != list) {
+    const auto [found, is_new] = other_reader_indices.try_emplace(list, 0);
+    if (is_new) {
+      other_reader_lists.push_back(list);
+      found->second = uint32_t(other_reader_lists.size());
+    }
+    latest_list = found->second;
+  }
+  other_readers = latest_list;
+}
+
+void Shadow::hand_on_readers(Cell& cell, uint32_t first_block) {
+  const uint32_t block = cell.readers.warp.block;
+  // what read before them is of earlier launches too
+  uint32_t others = block < first_block ? 0 : cell.other_readers;
+  if (block >= first_block) {
+    // of each strength the first
+    uint32_t epochs[3] = {~0u, ~0u, ~0u};
+    for_each_readers(cell, [&](const Readers& readers) {
+      uint32_t& epoch = epochs[uint32_t(readers.strength)];
+      epoch = std::min(epoch, readers.warp.epoch());
+    });
+    for (uint32_t strength = 0; strength < 3; ++strength) {
+      if (epochs[strength] == ~0u) continue;
+      add(others, {block, epochs[strength], Strength(strength)});
+    }
+  }
+  forget_readers(cell);
+  cell.other_readers = others;
 }
 
 }  // namespace emulation

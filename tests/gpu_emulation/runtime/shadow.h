@@ -1,9 +1,11 @@
 // shadow memory: what is known of each byte of a region, and who last touched it
 #pragma once
 #include <array>
+#include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <vector>
 
 namespace emulation {
@@ -35,10 +37,29 @@ struct Stamp {
   bool operator==(const Stamp&) const = default;
 };
 
+// for whom an access is atomic or volatile: nobody, its block's threads, all threads
+enum class Strength : uint32_t { kPlain, kBlock, kDevice };
+
 // the lanes of a warp that read in one epoch
 struct Readers {
   Stamp warp;
   uint32_t lanes;
+  Strength strength;
+};
+
+// a block that read before the cell's readers did, and the first epoch in which it did
+struct OtherReader {
+  uint32_t block, epoch;
+  Strength strength;
+  auto operator<=>(const OtherReader&) const = default;
+};
+
+// a list of them by its last; cells that the same blocks read share one
+struct OtherReaders {
+  // an index, 0 for the empty list
+  uint32_t before;
+  OtherReader last;
+  auto operator<=>(const OtherReaders&) const = default;
 };
 
 // of 16 bytes, or of a word where those are divided, or of a byte where a word is
@@ -47,12 +68,10 @@ struct Cell {
   Stamp write;
   uint32_t write_site;
   Readers readers;
-  // the first strong read of those that nothing orders before a later one
-  Stamp strong_read;
   // an index that begins at 1 of readers besides
   uint32_t more_readers;
-  // a block of this launch that read before the readers' did
-  uint32_t other_block;
+  // an index of blocks of this launch that read before the readers' did
+  uint32_t other_readers;
   // null if no access told them apart
   std::array<Cell, 4>* quarters;
 };
@@ -67,18 +86,43 @@ struct Shadow {
   std::vector<std::array<Cell, 4>*> free_quarters;
   std::vector<std::vector<Readers>> reader_lists;
   std::vector<uint32_t> free_reader_lists;
+  std::vector<OtherReaders> other_reader_lists;
+  std::map<OtherReaders, uint32_t> other_reader_indices;
+  // the index that was asked for last
+  uint32_t latest_list = 0;
 
   void resize(size_t bytes);
   void reset(size_t bytes);
   void mark_written(size_t begin, size_t end);
   void disown(size_t begin, size_t end);
   void divide(Cell& cell);
-  // once all quarters were written by one access
+  // once all quarters were written by one access, if that leaves no readers
   void unite(Cell& cell);
   // the smallest that has the byte
   const Cell& cell_at(size_t offset) const;
   std::vector<Readers>& more_readers(Cell& cell);
   void forget_readers(Cell& cell);
+  void add(uint32_t& other_readers, const OtherReader& reader);
+  // the readers become other blocks' of which the first in this launch is `first_block`
+  void hand_on_readers(Cell& cell, uint32_t first_block);
+
+  // visit(Readers) of the block that read last
+  template <typename Visit>
+  void for_each_readers(const Cell& cell, Visit&& visit) const {
+    if (cell.readers.lanes) visit(cell.readers);
+    if (!cell.more_readers) return;
+    for (const Readers& readers : reader_lists[cell.more_readers - 1]) visit(readers);
+  }
+
+  // visit(OtherReader) from `first_block` on, the last first
+  template <typename Visit>
+  void for_each_other(uint32_t other_readers, uint32_t first_block, Visit&& visit) const {
+    for (uint32_t i = other_readers; i; i = other_reader_lists[i - 1].before) {
+      const OtherReader& reader = other_reader_lists[i - 1].last;
+      if (reader.block < first_block) return;
+      visit(reader);
+    }
+  }
 };
 
 }  // namespace emulation

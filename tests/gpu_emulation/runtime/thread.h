@@ -104,6 +104,8 @@ struct Thread {
   Collective collective;
   uint32_t site;
   uint32_t barrier;
+  // of the bar.arrive that it executed, how many, a hash of which, and the last one's site
+  uint32_t arrivals, arrival_hash, last_arrival;
 
   uint32_t epoch;
   // the times of `clock`, or null
