@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# modules in which tests share code, so that their asserts say what they compared
+for _module in ("hf_models", "hf_window_models", "hf_content_models"):
+    pytest.register_assert_rewrite(f"tests.{_module}")
+
 SEED_FILE = Path(__file__).with_name("seed.txt")
 
 
