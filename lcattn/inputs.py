@@ -14,6 +14,8 @@ from .problem import Problem
 
 # kMaxPhases of csrc/common/problem.h
 MAX_PHASES = 5
+# kernels compute offsets in 32 bits
+_FARTHEST = 1 << 30
 
 
 class KernelInputs(NamedTuple):
@@ -70,7 +72,9 @@ def kernel_inputs(problem: Problem, transposed: bool = True) -> tuple[BlockTable
         table = _on_device(table, device)
     q_pos = k_pos = None
     if not default or problem.offset_q_pos is not None:
-        q_pos, k_pos = (p.int().contiguous() for p in problem.offset_coordinates())
+        q_pos, k_pos = (
+            _coordinates(name, p) for name, p in zip(("q_pos", "k_pos"), problem.offset_coordinates(), strict=True)
+        )
     return table, KernelInputs(
         list(problem.q),
         list(problem.k),
@@ -100,6 +104,15 @@ def kernel_inputs(problem: Problem, transposed: bool = True) -> tuple[BlockTable
         problem.dropout,
         0 if problem.seed is None else int(problem.seed),
     )
+
+
+def _coordinates(name: str, position: Tensor) -> Tensor:
+    # to ask a GPU would be to wait for it
+    if position.device.type == "cpu" and position.numel():
+        low, high = (int(value) for value in position.aminmax())
+        if not -_FARTHEST < low <= high < _FARTHEST:
+            raise ValueError(f"{name}: expected coordinates between -2^30 and 2^30, got {low} to {high}")
+    return position.int().contiguous()
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import dispatch
 from .cpu import KERNEL_DTYPES, cpu_kernels_exist
@@ -42,8 +43,17 @@ def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
         # in decoding the operator would cost a good part of the kernel's own time
         out, lse, _ = dispatch.select(problem, backend, False).forward(problem, differentiable=False)
     else:
+        _check_no_tangents(problem)
         out, lse, _ = torch.ops.lcattn.attention(*arguments(problem, backend))
     return out, lse
+
+
+def _check_no_tangents(problem: Problem) -> None:
+    # the operator would give a tangent of zero
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in problem.differentiables()):
+        raise NotImplementedError("lcattn.attention: forward-mode derivatives are not implemented")
 
 
 def _is_differentiable(problem: Problem) -> bool:
@@ -61,7 +71,7 @@ def is_unwatched(tensors: Iterable[Tensor]) -> bool:
         or torch._C._get_tracing_state()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack()
-        or torch.autograd.forward_ad._current_level >= 0
+        or forward_ad._current_level >= 0
         or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
     )
 
@@ -179,22 +189,37 @@ def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tu
     wanted = list(ctx.needs_input_grad[_TERMS_AT : _TERMS_AT + len(TERMS)])
     if dout is None and dlse is None:
         return (None,) * _N_INPUTS
-    grads = torch.ops.lcattn.attention_backward(
-        *lists,
-        *singles,
-        saved[len(saved) - n_layout :],
-        *ctx.rest,
-        out,
-        lse,
-        lse_rest,
-        torch.zeros_like(out) if dout is None else dout,
-        dlse,
-        wanted,
-    )
+    with torch.no_grad():
+        grads = torch.ops.lcattn.attention_backward(
+            *lists,
+            *singles,
+            saved[len(saved) - n_layout :],
+            *ctx.rest,
+            out,
+            lse,
+            lse_rest,
+            torch.zeros_like(out) if dout is None else dout,
+            dlse,
+            wanted,
+        )
+    if torch.is_grad_enabled():
+        grads = list(_Once.apply(out, *grads))
     terms = [grad if want else None for grad, want in zip(grads[singles_at:], wanted, strict=True)]
     by_list = [grads[:n_q], grads[n_q : n_q + n_k], grads[n_q + n_k : singles_at]]
     between = [None] * (len(singles) - len(terms))
     return (*by_list, *terms, *between, [None] * n_layout, *[None] * len(ctx.rest))
+
+
+class _Once(torch.autograd.Function):
+    """Gradients, for what create_graph=True may still make of them."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError("lcattn.attention: second derivatives are not implemented")
 
 
 torch.library.register_autograd("lcattn::attention", _autograd, setup_context=_setup_context)

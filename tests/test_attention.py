@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import lcattn
 from lcattn import cases, lowering, tolerance
@@ -305,3 +306,28 @@ def test_gradients_reach_only_what_asks_for_them(seed):
     lcattn.attention(q, k, v, position=lcattn.RelativeBias(table, -15)).sum().backward()
     assert table.grad is not None and q.grad is None
     assert bool(table.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_other_derivatives_are_refused(backend, seed):
+    q, k, v = tensors(Draw(seed), Shape(1, 2, 2, 20, 20, 16))
+
+    def call(q: torch.Tensor) -> torch.Tensor:
+        return lcattn.attention(q, k, v, backend=backend)
+
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(call, (q,), (q,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        call(forward_ad.make_dual(q, q))
+    (grad,) = torch.autograd.grad(call(q.requires_grad_()).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(("name", "far"), [("q_pos", 2**30), ("k_pos", -(2**31))])
+def test_coordinates_beyond_32_bit_offsets_are_refused(name, far, seed):
+    q, k, v = tensors(Draw(seed), Shape(1, 2, 2, 3, 3, 16))
+    near = torch.tensor([[0, 1, 2]])
+    given = {"q_pos": near, "k_pos": near} | {name: near + far}
+    with pytest.raises(ValueError, match=f"{name}: expected coordinates between -2"):
+        lcattn.attention(q, k, v, position=lcattn.Alibi(torch.full((2,), 1e-9)), **given)

@@ -120,6 +120,40 @@ def test_modes_see_the_operator(differentiable: bool) -> None:
         assert isinstance(call(q), FakeTensor)
 
 
+# positions like them, but of other tables; no other test asks for either
+REMEMBERED = {
+    "rotary": (lambda: lcattn.Rotary(12345.0), lambda: lcattn.Rotary(12345.0 + 1e-9)),
+    "dual_chunk": (
+        lambda: lcattn.DualChunk(9, 4, lcattn.Rotary(12345.0)),
+        lambda: lcattn.DualChunk(9, 4, lcattn.Rotary(12345.0 + 1e-9)),
+    ),
+    "t5": (lambda: lcattn.T5Bias(T5_WEIGHT, True, 1234), lambda: lcattn.T5Bias(T5_WEIGHT.clone(), True, 1234)),
+}
+T5_WEIGHT = torch.linspace(-3, 3, 64).reshape(32, 2)
+
+
+@pytest.mark.parametrize("name", REMEMBERED)
+@pytest.mark.parametrize("watcher", ["export", "fake"])
+def test_what_a_mode_saw_is_not_remembered(name: str, watcher: str) -> None:
+    seen, other = (make() for make in REMEMBERED[name])
+    q = torch.randn(1, 2, 40, 16)
+
+    class Call(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return lcattn.attention(q, q, q, layout=CAUSAL, position=seen)
+
+    if watcher == "export":
+        exported = torch.export.export(Call(), (q,), strict=False).module()
+        torch.testing.assert_close(exported(q), Call()(q))
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            Call()(mode.from_tensor(q))
+    for backend in ("cpu", "reference"):
+        found, right = (lcattn.attention(q, q, q, layout=CAUSAL, position=p, backend=backend) for p in (seen, other))
+        assert type(found) is Tensor
+        torch.testing.assert_close(found, right)
+
+
 def run(
     f: Callable[..., Tensor],
     inputs: tuple[Tensor, ...],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -85,8 +86,8 @@ def test_a_planted_defect_of_the_tables_is_found(
     problem = dataclasses.replace(_case(seed).problem, bias=table, bias_min=-100)
     assert all(c.ok for c in tolerance.verify(problem, emulated.name))
 
-    def off_by_one(problem: lcattn.problem.Problem) -> tuple[object, inputs.KernelInputs]:
-        table, found = inputs.kernel_inputs(problem)
+    def off_by_one(*args: Any, **options: Any) -> tuple[object, inputs.KernelInputs]:
+        table, found = inputs.kernel_inputs(*args, **options)
         return table, found._replace(bias_min=found.bias_min + 1)
 
     monkeypatch.setattr("lcattn.gpu.kernel_inputs", off_by_one)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout
+from ..ops import is_unwatched
 from ..problem import PhaseMap
 
 P = ParamSpec("P")
@@ -92,10 +93,19 @@ def lower(
 
 
 def remembered(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Keeps the latest results of a function; for training too, which can save no tensor made in inference mode."""
+    """Keeps the latest results of a function; for training too, which can save no tensor made in inference mode.
+
+    What is made while a compiler or a mode watches is its own: while a model is exported, tensors have no values.
+    """
 
     def decorate(make: Callable[P, R]) -> Callable[P, R]:
-        return functools.lru_cache(maxsize)(torch.inference_mode(False)(make))  # type: ignore[return-value]
+        kept = functools.lru_cache(maxsize)(torch.inference_mode(False)(make))
+
+        @functools.wraps(make)
+        def recall(*args: P.args, **kwargs: P.kwargs) -> R:
+            return kept(*args, **kwargs) if is_unwatched(()) else make(*args, **kwargs)  # type: ignore[arg-type]
+
+        return recall
 
     return decorate
 

@@ -112,6 +112,8 @@ extern "C" __global__ void hand_over(const float* x, float* y, int rounds, int d
       if (round > 0 && defect != kProducerDoesNotWait) named_barrier(kEmpty, kThreads);
       staged[lane] = x[round * 32 + lane];
       if (defect == kLaneArrivesForAnother) {
+        // what the lanes wrote is ordered all the same
+        __syncwarp();
         if (lane != 5) arrive(kFull, count);
         if (lane == 6) arrive(kFull, count);
       } else {
