@@ -198,9 +198,9 @@ class Global(Layout):
 class Bridge(Layout):
     """Bridge tokens carry what their chunk says across its joins: the last token of each chunk of `every`.
 
-    Coordinate x is a bridge iff (x + 1) % every == 0; its chunk is x // every. All tokens see every bridge, and a
-    bridge sees its own chunk. So in `(Chunked(512, 0) | Bridge(512)) & Causal()` a chunk hears of earlier ones through
-    their bridges only.
+    Coordinate x is a bridge iff (x + 1) % every == 0; its chunk is x // every. Tokens see the bridges of their own chunk
+    and of all earlier ones, and a bridge sees its own chunk. So in `(Chunked(512, 0) | Bridge(512)) & Causal()` a chunk
+    hears of earlier ones through their bridges only.
     """
 
     every: int
@@ -220,7 +220,8 @@ class Bridge(Layout):
 
     def visible(self, q_pos: Tensor, k_pos: Tensor, ctx: Context) -> Tensor:
         q_bridge, k_bridge = (torch.remainder(x + 1, self.every) == 0 for x in (q_pos, k_pos))
-        return k_bridge | (q_bridge & (self._chunk_of(q_pos) == self._chunk_of(k_pos)))
+        q_chunk, k_chunk = self._chunk_of(q_pos), self._chunk_of(k_pos)
+        return (k_bridge & (k_chunk <= q_chunk)) | (q_bridge & (k_chunk == q_chunk))
 
     def _own(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Tensor:
         """Whether keys may lie in the chunk of a bridge among the queries."""
@@ -233,16 +234,20 @@ class Bridge(Layout):
         all_q, all_k = q_last - q_first == q_hi - q_lo, k_last - k_first == k_hi - k_lo
         one_chunk = (self._chunk_of(k_lo) == self._chunk_of(k_hi)) & (q_first == q_last)
         own = self._own(q_lo, q_hi, k_lo, k_hi)
-        return (k_first <= k_last) | own, all_k | (all_q & own & one_chunk)
+        some = k_first <= torch.minimum(k_last, self._chunk_of(q_hi))
+        return some | own, (all_k & (k_last <= self._chunk_of(q_lo))) | (all_q & own & one_chunk)
 
     def _mixed_key(self, region: Region) -> list[Tensor]:
         q_lo, k_lo = region.q_lo, region.k_lo
-        k_first, k_last = self._bridges(k_lo, k_lo + region.block_k - 1)
-        own = self._own(q_lo, q_lo + region.block_q - 1, k_lo, k_lo + region.block_k - 1)
+        q_hi, k_hi = q_lo + region.block_q - 1, k_lo + region.block_k - 1
+        k_first, k_last = self._bridges(k_lo, k_hi)
+        some = k_first <= torch.minimum(k_last, self._chunk_of(q_hi))
+        # whether what is seen depends on where queries stand
+        by_query = self._own(q_lo, q_hi, k_lo, k_hi) | (some & (k_last > self._chunk_of(q_lo)))
         return [
-            torch.where(k_first <= k_last, torch.remainder(k_lo, self.every), NONE_KEY),
-            torch.where(own, torch.remainder(q_lo, self.every), NONE_KEY),
-            torch.where(own, k_lo - q_lo, NONE_KEY),
+            torch.where(some, torch.remainder(k_lo, self.every), NONE_KEY),
+            torch.where(by_query, torch.remainder(q_lo, self.every), NONE_KEY),
+            torch.where(by_query, k_lo - q_lo, NONE_KEY),
         ]
 
 
