@@ -371,8 +371,9 @@ SHAPES: tuple[Shape, ...] = (
     Shape(1, 2, 1, 1, 700, 40),
 )
 
-# drawn besides for the CPU: heads that share keys, and more of these than its kernels keep at hand
-CPU_SHAPES: tuple[Shape, ...] = (*SHAPES, Shape(4, 4, 2, 70, 530, 128))
+# drawn besides for the CPU: heads that share keys, and more of these than its kernels keep at hand; so many heads that
+# decoding takes those of a kv head in turns
+CPU_SHAPES: tuple[Shape, ...] = (*SHAPES, Shape(4, 4, 2, 70, 530, 128), Shape(1, 22, 2, 3, 200, 24))
 
 
 def make(

@@ -20,12 +20,17 @@ except ImportError as error:  # a source tree whose extension was not built
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
-# kDecodeRows of csrc/cpu/kernels.h: up to so many rows of queries a kv head the kernel turns keys as it reads them
-MAX_DECODE_ROWS = 16
+# kDecodeQueries and kDecodeRows of csrc/cpu/kernels.h
+DECODE_QUERIES, _DECODE_ROWS = 8, 16
 
 
 def cpu_kernels_exist() -> bool:
     return _C is not None
+
+
+def decodes(q: Tensor, k: Tensor) -> bool:
+    """Whether the kernel for few queries takes these, which turns keys as it reads them."""
+    return q.shape[2] <= DECODE_QUERIES or q.shape[2] * (q.shape[1] // k.shape[1]) <= _DECODE_ROWS
 
 
 def outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +63,7 @@ class CpuBackend:
 
     def forward(self, problem: Problem, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:
         q = problem.q[0]
-        if differentiable or q.shape[2] * (q.shape[1] // problem.k[0].shape[1]) > MAX_DECODE_ROWS:
+        if differentiable or not decodes(q, problem.k[0]):
             problem = problem.turned()
         _, inputs = kernel_inputs(problem, transposed=False)
         out, lse = outputs(q)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu import _C, KERNEL_DTYPES, MAX_DECODE_ROWS, MAX_HEAD_DIM, outputs
+from .cpu import _C, DECODE_QUERIES, KERNEL_DTYPES, MAX_HEAD_DIM, outputs
 from .inputs import kernel_inputs
 from .layout import Layout
 from .ops import is_unwatched
@@ -100,7 +100,7 @@ def _are_plain(qkv: tuple[Tensor, ...], tables: Sequence[Tensor]) -> bool:
     if not is_unwatched(tensors) or torch.is_autocast_enabled("cpu"):
         return False
     q = qkv[0]
-    if q.dim() != 4 or q.dtype not in KERNEL_DTYPES or q.shape[2] > MAX_DECODE_ROWS or q.shape[3] > MAX_HEAD_DIM:
+    if q.dim() != 4 or q.dtype not in KERNEL_DTYPES or q.shape[2] > DECODE_QUERIES or q.shape[3] > MAX_HEAD_DIM:
         return False
     grad = torch.is_grad_enabled()
     for t in tensors:

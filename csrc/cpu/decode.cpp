@@ -1,10 +1,11 @@
 // Attention of few queries over many keys, the same formula as forward.cpp.
 //
-// Here reading K and V is what costs, so the query rows of all heads of one kv head go over a key
-// block together, and every block is read once. A unit is the rows that share one list of key
-// blocks: a kv head's (or one head's, if the table has a list for each), within one row of the
-// table. Its list is cut into parts, a part has one owner, and whoever finishes the last part of a
-// unit merges them, in their order. Scores are [row][key], keys are the lanes.
+// Here reading K and V is what costs, so the query rows of the heads of one kv head go over a key
+// block together, and every block is read once, or once for each kDecodeRows of them. A unit
+// is rows that share one list of key blocks: a kv head's (or one head's, if the table has a list
+// for each), within one row of the table. Its list is cut into parts, a part has one owner, and
+// whoever finishes the last part of a unit merges them, in their order. Scores are [row][key], keys
+// are the lanes.
 #include "decode.h"
 
 #include "dropout.h"
@@ -313,7 +314,10 @@ class Decode {
     // one list of key blocks for all heads of a kv head
     shared_ = p.by_query.heads <= p.G;
     n_groups_ = shared_ ? p.G : p.H;
-    n_units_ = p.B * n_groups_ * n_table_rows_;
+    n_heads_ = shared_ ? p.H / p.G : 1;
+    heads_at_once_ = kDecodeRows / p.T < n_heads_ ? kDecodeRows / p.T : n_heads_;
+    n_cuts_ = (n_heads_ + heads_at_once_ - 1) / heads_at_once_;
+    n_units_ = p.B * n_groups_ * n_cuts_ * n_table_rows_;
   }
 
   void run() {
@@ -390,15 +394,15 @@ class Decode {
 
   // without its parts
   Unit unit(int64_t index) const {
-    const int64_t n_heads = shared_ ? p_.H / p_.G : 1;
-    const int64_t group = index / n_table_rows_ % n_groups_;
+    const int64_t cut = index / n_table_rows_ % n_cuts_, heads = index / n_table_rows_ / n_cuts_;
+    const int64_t first = cut * heads_at_once_, left = n_heads_ - first;
     const int64_t table_row = p_.row_start / kBlock + index % n_table_rows_;
     const int64_t top = table_row * kBlock - p_.row_start;
     Unit unit = {};
-    unit.b = index / n_table_rows_ / n_groups_;
-    unit.head = group * n_heads;
+    unit.b = heads / n_groups_;
+    unit.head = heads % n_groups_ * n_heads_ + first;
     unit.g = unit.head / (p_.H / p_.G);
-    unit.n_heads = n_heads;
+    unit.n_heads = heads_at_once_ < left ? heads_at_once_ : left;
     unit.query = top > 0 ? top : 0;
     unit.n_queries = (top + kBlock < p_.T ? top + kBlock : p_.T) - unit.query;
     unit.tile_row = unit.query - top;
@@ -408,7 +412,9 @@ class Decode {
 
   const Problem& p_;
   const Parallel& parallel_;
-  int64_t n_table_rows_, n_groups_, n_units_, n_parts_ = 0;
+  // lists of key blocks, heads of each, and how these are cut into units
+  int64_t n_table_rows_, n_groups_, n_heads_, heads_at_once_, n_cuts_;
+  int64_t n_units_, n_parts_ = 0;
   bool shared_;
   Unit* units_ = nullptr;
   float* parts_ = nullptr;

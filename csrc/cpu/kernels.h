@@ -11,12 +11,14 @@
 
 namespace lcattn::cpu {
 
-// query rows of all heads of one kv head that decode.cpp takes, at most
-constexpr int64_t kDecodeRows = 16;
+// decode.cpp takes so many queries at most, or so many rows of those of all heads of a kv head;
+// beyond, tiles of 64 rows are faster even if mostly empty
+constexpr int64_t kDecodeQueries = 8, kDecodeRows = 16;
 
 // the backward sums scores as the tiles do, so what it follows must be computed by tiles
 inline bool decodes(const Problem& p) {
-  return p.T * (p.H / p.G) <= kDecodeRows && p.lse_rest == nullptr;
+  const bool few = p.T <= kDecodeQueries || p.T * (p.H / p.G) <= kDecodeRows;
+  return few && p.lse_rest == nullptr;
 }
 
 // Rotary turning: out[b, h, r] = x[b, h, r] with feature d < pairs turned with feature d + pairs by

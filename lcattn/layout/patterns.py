@@ -198,9 +198,9 @@ class Global(Layout):
 class Bridge(Layout):
     """Bridge tokens carry what their chunk says across its joins: the last token of each chunk of `every`.
 
-    Coordinate x is a bridge iff (x + 1) % every == 0; its chunk is x // every. Tokens see the bridges of their own chunk
-    and of all earlier ones, and a bridge sees its own chunk. So in `(Chunked(512, 0) | Bridge(512)) & Causal()` a chunk
-    hears of earlier ones through their bridges only.
+    Coordinate x is a bridge iff (x + 1) % every == 0; its chunk is x // every. Tokens see the bridges of their own
+    chunk and of all earlier ones, and a bridge sees its own chunk. So in `(Chunked(512, 0) | Bridge(512)) & Causal()` a
+    chunk hears of earlier ones through their bridges only.
     """
 
     every: int

@@ -10,13 +10,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..cpu import decodes
 from ..ops import fused_turn, fuses_turns, is_unwatched
 from ..problem import turn_by
 from .base import Terms, check_positive, remembered
 
-# up to so many query rows a kv head, keys are turned as they are read: turning a whole cache would cost more than
-# reading it
-_FEW_ROWS = 16
 # a table of so many coordinates is made for any number of rows
 _LONG_TABLE = 1 << 17
 
@@ -49,8 +47,8 @@ class Turning(ABC):
         return {}
 
     def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
-        H, T, D = q.shape[1:]
-        G, S = k.shape[1:3]
+        T, D = q.shape[2:]
+        S = k.shape[2]
         rotary = self.frequencies_of
         # a cache may have room for more than the text
         length = rotary.that_matters(lambda: self.reach(lambda: S if q_pos is None else int(q_pos.max()) + 1))
@@ -60,8 +58,9 @@ class Turning(ABC):
         if rotary.attention_factor != 1:
             q = q * rotary.attention_factor**2
         terms = self.phases() | {"q": self._turned(q, "queries", q_pos, S - T, length)}
-        # compiled graphs serve all lengths, so they don't ask for this one
-        few = is_unwatched((q, k)) and T * (H // G) <= _FEW_ROWS
+        # for few queries, turning a whole cache would cost more than reading it; compiled graphs serve all lengths, so
+        # they don't ask for this one
+        few = is_unwatched((q, k)) and decodes(q, k)
         if few and (places := _places_of(self, "keys", k, k_pos, 0)) is not None:
             table = _table(rotary, D, length, places.span, k.device)
             return Terms(**terms, k=(k,) * len(places.rows), turn_table=table, turn_at=places.rows)
