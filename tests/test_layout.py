@@ -1,5 +1,11 @@
 """Layouts: the lowered table says exactly what `visible` says, at a cost of O(entries)."""
 
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -273,12 +279,55 @@ def test_random_is_the_same_whatever_the_length():
         (lambda: from_spec("Full() +"), "not a layout expression"),
         (lambda: from_spec("Full().visible"), "not allowed"),
         (lambda: from_spec("Documents(ids=@)"), "needs 1 tensors"),
+        (lambda: from_spec("FromMaskMod(-1)"), "this process does not hold"),
         (lambda: lower(lcattn.Full(), T=0, S=3), "at least 1"),
     ],
 )
 def test_bad_layouts_name_what_is_wrong(make, word):
     with pytest.raises(ValueError, match=word):
         make()
+
+
+def near(b, h, q_idx, kv_idx):
+    return (q_idx - kv_idx).abs() < 9
+
+
+def test_copies_hold_their_functions_again():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    ids = torch.tensor([0, 5, 70])
+    mod = lcattn.FromMaskMod(near)
+    for layout in (
+        mod,
+        (mod | lcattn.Global(3)) & lcattn.Causal(),
+        layouts.Not(lcattn.PerHead([mod, lcattn.Full()])),
+        lcattn.FromBlockMask(create_block_mask(near, 1, 2, 70, 70, device="cpu", BLOCK_SIZE=64)),
+        lcattn.Documents(cu_seqlens=ids, q_ids=torch.zeros(1, 70, dtype=torch.int)) | lcattn.Global(indices=(5, 2)),
+        lcattn.SelectedBlocks(torch.ones(1, 2, 2, 1, dtype=torch.int), torch.zeros(1, dtype=torch.int), 64, 1),
+    ):
+        for again in (pickle.loads(pickle.dumps(layout)), copy.deepcopy(layout)):
+            assert again.spec == layout.spec and (layout.tensors or again == layout)
+            assert torch.equal(dense(again, 70, 70, 2, 1), dense(layout, 70, 70, 2, 1))
+    scored = lcattn.TopKBlocks(3, scorer=near)
+    assert pickle.loads(pickle.dumps(scored)) == scored
+    assert lcattn.FromMaskMod(near) == mod != lcattn.FromMaskMod(lambda b, h, q_idx, kv_idx: q_idx == kv_idx)
+
+
+def test_another_process_holds_its_own_functions():
+    layout = lcattn.FromMaskMod(near) & lcattn.Causal()
+    code = (
+        "import pickle, sys, lcattn\n"
+        # the first function of that process, as `near` may be of this one
+        "lcattn.FromMaskMod(lambda b, h, q_idx, kv_idx: q_idx == kv_idx)\n"
+        f"try: lcattn.layout.from_spec({layout.spec!r})\n"
+        "except ValueError as error: assert 'this process does not hold' in str(error)\n"
+        "else: raise AssertionError('found a function')\n"
+        f"again = pickle.loads({pickle.dumps(layout)!r})\n"
+        "print(again.block_table(70, 70).to_dense(70, 70).sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == int(dense(layout, 70, 70, 1, 1).sum())
 
 
 def test_joining_with_something_else_is_a_type_error():

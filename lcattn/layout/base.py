@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -103,6 +103,11 @@ class Layout:
 
     def __hash__(self) -> int:
         return hash(self.spec)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # made anew where it is loaded or copied, since a spec may name functions that only this process holds
+        made_of: Any = self
+        return type(self), tuple(getattr(self, f.name) for f in fields(made_of))
 
     def __repr__(self) -> str:
         return self.spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -149,15 +150,21 @@ class Blocks(Layout):
         return count > 0, count == (r1 - r0) * (c1 - c0)
 
 
-CALLABLES: list[Callable[..., Any]] = []
+CALLABLES: dict[int, Callable[..., Any]] = {}
+
+
+# drawn where a tracer cannot follow, and at random, so that a spec never names another process's function
+@torch.compiler.assume_constant_result
+def _fresh_number() -> int:
+    return secrets.randbits(63)
 
 
 def callable_number(function: Callable[..., Any]) -> int:
-    """Where `CALLABLES` holds a function, for specs to name it by."""
-    known = next((i for i, f in enumerate(CALLABLES) if f is function), None)
+    """The key under which `CALLABLES` holds a function, for specs to name it by."""
+    known = next((number for number, f in CALLABLES.items() if f is function), None)
     if known is None:
-        known = len(CALLABLES)
-        CALLABLES.append(function)
+        known = _fresh_number()
+        CALLABLES[known] = function
     return known
 
 
