@@ -226,6 +226,37 @@ def test_a_million_tokens_lower_in_little_memory():
     assert len(table.mask_tiles) <= 3
 
 
+@pytest.mark.parametrize(
+    "layout, sizes",
+    [
+        (lcattn.PerHead([lcattn.Window(3, 0), lcattn.Causal()]) & lcattn.Full(), {}),
+        (lcattn.Blocks(torch.rand(2, 1, 2, 2) < 0.6) | layouts.Not(lcattn.PerHead([lcattn.Causal()] * 2)), {}),
+        (lcattn.Documents(torch.tensor([[0] * 100, [0] * 50 + [1] * 50])), {"heads": 2}),
+        (lcattn.SelectedBlocks(torch.tensor([[[[0], [1]]]] * 2), torch.tensor([0, 1])), {}),
+        (lcattn.FromMaskMod(lambda b, h, q_idx, kv_idx: q_idx + b > kv_idx + h), {"batch": 2, "heads": 2}),
+    ],
+)
+def test_a_table_is_of_all_heads_and_batch_rows(layout, sizes):
+    check_table(layout.block_table(100, 100, **sizes), layout, 100, 100, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "layout, given, words",
+    [
+        (lcattn.PerHead([lcattn.Full()] * 3), {"heads": 2}, ["heads=2", "PerHead", "got 3"]),
+        (lcattn.Documents(torch.zeros(1, 50, dtype=torch.long)), {}, ["S=100", "ids", "(1, 50)"]),
+        (lcattn.Blocks(torch.ones(1, 1, 1, 1, dtype=torch.bool)), {}, ["S=100", "mask", "[1, 1, 1, 1]"]),
+        (lcattn.Full(), {"block_q": 0}, ["block_q", ">= 1", "0"]),
+        (lcattn.Full(), {"block_k": 2.0}, ["block_k", "integer", "2.0"]),
+        (lcattn.Full(), {"batch": -1}, ["batch", "-1"]),
+    ],
+)
+def test_a_table_of_wrong_sizes_names_them(layout, given, words):
+    with pytest.raises(ValueError) as raised:
+        layout.block_table(100, 100, **given)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
 def test_content_keyed_cache_tells_documents_apart():
     first = torch.zeros(1, 100, dtype=torch.long)
     second = first.clone()
@@ -272,6 +303,10 @@ def test_random_is_the_same_whatever_the_length():
         (lambda: lcattn.TopKBlocks(1, per="query"), "per"),
         (lambda: lcattn.Documents(), "either"),
         (lambda: lcattn.Documents(torch.zeros(1, 3)), "ids"),
+        (lambda: lcattn.Documents((0, 0, 1), q_ids=(0.5,)), "q_ids"),
+        (lambda: lcattn.Documents(cu_seqlens=torch.tensor([5, 17])), "0 = c_0 .* 5, 17"),
+        (lambda: lcattn.Documents(cu_seqlens=(0, 4, 4, 12)), "0 = c_0"),
+        (lambda: lcattn.Documents(cu_seqlens=torch.tensor([0, 8, 4], dtype=torch.uint8)), "0 = c_0"),
         (lambda: lcattn.Blocks(torch.zeros(1, 1, 2, 2)), "mask"),
         (lambda: lcattn.FromMaskMod(3), "mask_mod"),
         (lambda: lcattn.PerHead([]), "PerHead"),
