@@ -62,22 +62,19 @@ def show(
     """Draw a layout: who sees whom, a query per row, a key per column; and what its table costs.
 
     Layouts: Full(), Causal(), Window(left, right), Chunked(chunk, lookback, lookahead, shift), Global(n),
-    Global(every=n), Global(indices=(...)), Dilated(left, right, step), Random(block, blocks_per_row, seed),
-    PerHead((a, b, ...)), joined with & and |.
+    Global(every=n), Global(indices=(...)), Bridge(every), Dilated(left, right, step), Random(block, blocks_per_row,
+    seed), Documents(ids=(...)), PerHead((a, b, ...)), Not(a), joined with & and |.
     """
     from . import plot
     from .layout import from_spec
-    from .lowering import lower
 
     try:
         found = from_spec(layout)
         image = plot.picture(found, tokens, tokens, head=head)
-        table = lower(found, T=tokens, S=tokens, heads=head + 1)
+        table = found.block_table(tokens, tokens, heads=max(head + 1, found.own_sizes()[1]))
         drawn = png and plot.save_layout(
             plot.picture(found, tokens, tokens, cells=512, head=head), f"{found}, {tokens:,} tokens", png
         )
-    except IndexError:
-        raise _fail(ValueError(f"head: {layout} has no head {head}")) from None
     except (RuntimeError, TypeError, ValueError) as error:
         raise _fail(error) from None
     n_heads = table.seg_ptr.shape[1]

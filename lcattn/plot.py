@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .layout import Layout
-from .lowering import BlockTable, lower
+from .lowering import BlockTable
 
 _SHADES = " ░▒▓█"
 _COLOURS = ("#3b6ea8", "#d9822b")
@@ -60,7 +60,10 @@ def picture(layout: Layout, T: int, S: int, cells: int = 64, head: int = 0, bloc
         block = 64
         while block > 1 and max(T, S) < block * cells:
             block //= 2
-    table = lower(layout, T=T, S=S, heads=head + 1, block_q=block, block_k=block)
+    H = layout.own_sizes()[1]
+    if 1 < H <= head:
+        raise ValueError(f"head: {layout} is of {H} heads and has no head {head}")
+    table = layout.block_table(T, S, block, block, heads=max(head + 1, H))
     seg = table.seg_ptr[0, min(head, table.seg_ptr.shape[1] - 1)].numpy().astype(np.int64)
     entries = table.entries.numpy().astype(np.int64)
     at = np.arange(seg[0, 0], seg[-1, -1])

@@ -254,6 +254,7 @@ def call(**given):
         ({"k_pos": torch.zeros(10, dtype=torch.long)}, ValueError, ["k_pos", "[12]", "[10]"]),
         ({"layout": "causal"}, TypeError, ["layout", "str"]),
         ({"layout": lcattn.Documents(torch.zeros(1, 9, dtype=torch.long))}, ValueError, ["ids", "12", "(1, 9)"]),
+        ({"layout": lcattn.Documents(cu_seqlens=(0, 8, 11))}, ValueError, ["cu_seqlens must end at S = 12", "got 11"]),
         ({"layout": lcattn.PerHead([lcattn.Full()] * 3)}, ValueError, ["PerHead", "4", "3"]),
         (
             {"layout": lcattn.Blocks(torch.ones(1, 1, 2, 2, dtype=torch.bool))},

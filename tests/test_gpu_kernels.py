@@ -145,9 +145,10 @@ def test_head_dims_and_gradients_are_refused_with_a_reason(emulated: EmulatedCud
 def test_real_backends_say_why_not_here(name: str, seed: int) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
-    assert dispatch.BACKENDS[name].reject_reason(_case(seed).problem, differentiable=False) == "tensors are on cpu"
+    reason = dispatch.BACKENDS[name].reject_reason(_case(seed).problem, differentiable=False) or ""
+    assert reason.startswith("no CUDA device")
     q = torch.zeros(1, 1, 4, 64, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match=f"{name}: tensors are on cpu"):
+    with pytest.raises(RuntimeError, match=f"{name}: no CUDA device"):
         lcattn.attention(q, q, q, backend=name)
 
 

@@ -1,5 +1,11 @@
 """Layouts: the lowered table says exactly what `visible` says, at a cost of O(entries)."""
 
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -220,6 +226,37 @@ def test_a_million_tokens_lower_in_little_memory():
     assert len(table.mask_tiles) <= 3
 
 
+@pytest.mark.parametrize(
+    "layout, sizes",
+    [
+        (lcattn.PerHead([lcattn.Window(3, 0), lcattn.Causal()]) & lcattn.Full(), {}),
+        (lcattn.Blocks(torch.rand(2, 1, 2, 2) < 0.6) | layouts.Not(lcattn.PerHead([lcattn.Causal()] * 2)), {}),
+        (lcattn.Documents(torch.tensor([[0] * 100, [0] * 50 + [1] * 50])), {"heads": 2}),
+        (lcattn.SelectedBlocks(torch.tensor([[[[0], [1]]]] * 2), torch.tensor([0, 1])), {}),
+        (lcattn.FromMaskMod(lambda b, h, q_idx, kv_idx: q_idx + b > kv_idx + h), {"batch": 2, "heads": 2}),
+    ],
+)
+def test_a_table_is_of_all_heads_and_batch_rows(layout, sizes):
+    check_table(layout.block_table(100, 100, **sizes), layout, 100, 100, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "layout, given, words",
+    [
+        (lcattn.PerHead([lcattn.Full()] * 3), {"heads": 2}, ["heads=2", "PerHead", "got 3"]),
+        (lcattn.Documents(torch.zeros(1, 50, dtype=torch.long)), {}, ["S=100", "ids", "(1, 50)"]),
+        (lcattn.Blocks(torch.ones(1, 1, 1, 1, dtype=torch.bool)), {}, ["S=100", "mask", "[1, 1, 1, 1]"]),
+        (lcattn.Full(), {"block_q": 0}, ["block_q", ">= 1", "0"]),
+        (lcattn.Full(), {"block_k": 2.0}, ["block_k", "integer", "2.0"]),
+        (lcattn.Full(), {"batch": -1}, ["batch", "-1"]),
+    ],
+)
+def test_a_table_of_wrong_sizes_names_them(layout, given, words):
+    with pytest.raises(ValueError) as raised:
+        layout.block_table(100, 100, **given)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
 def test_content_keyed_cache_tells_documents_apart():
     first = torch.zeros(1, 100, dtype=torch.long)
     second = first.clone()
@@ -266,6 +303,10 @@ def test_random_is_the_same_whatever_the_length():
         (lambda: lcattn.TopKBlocks(1, per="query"), "per"),
         (lambda: lcattn.Documents(), "either"),
         (lambda: lcattn.Documents(torch.zeros(1, 3)), "ids"),
+        (lambda: lcattn.Documents((0, 0, 1), q_ids=(0.5,)), "q_ids"),
+        (lambda: lcattn.Documents(cu_seqlens=torch.tensor([5, 17])), "0 = c_0 .* 5, 17"),
+        (lambda: lcattn.Documents(cu_seqlens=(0, 4, 4, 12)), "0 = c_0"),
+        (lambda: lcattn.Documents(cu_seqlens=torch.tensor([0, 8, 4], dtype=torch.uint8)), "0 = c_0"),
         (lambda: lcattn.Blocks(torch.zeros(1, 1, 2, 2)), "mask"),
         (lambda: lcattn.FromMaskMod(3), "mask_mod"),
         (lambda: lcattn.PerHead([]), "PerHead"),
@@ -273,12 +314,55 @@ def test_random_is_the_same_whatever_the_length():
         (lambda: from_spec("Full() +"), "not a layout expression"),
         (lambda: from_spec("Full().visible"), "not allowed"),
         (lambda: from_spec("Documents(ids=@)"), "needs 1 tensors"),
+        (lambda: from_spec("FromMaskMod(-1)"), "this process does not hold"),
         (lambda: lower(lcattn.Full(), T=0, S=3), "at least 1"),
     ],
 )
 def test_bad_layouts_name_what_is_wrong(make, word):
     with pytest.raises(ValueError, match=word):
         make()
+
+
+def near(b, h, q_idx, kv_idx):
+    return (q_idx - kv_idx).abs() < 9
+
+
+def test_copies_hold_their_functions_again():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    ids = torch.tensor([0, 5, 70])
+    mod = lcattn.FromMaskMod(near)
+    for layout in (
+        mod,
+        (mod | lcattn.Global(3)) & lcattn.Causal(),
+        layouts.Not(lcattn.PerHead([mod, lcattn.Full()])),
+        lcattn.FromBlockMask(create_block_mask(near, 1, 2, 70, 70, device="cpu", BLOCK_SIZE=64)),
+        lcattn.Documents(cu_seqlens=ids, q_ids=torch.zeros(1, 70, dtype=torch.int)) | lcattn.Global(indices=(5, 2)),
+        lcattn.SelectedBlocks(torch.ones(1, 2, 2, 1, dtype=torch.int), torch.zeros(1, dtype=torch.int), 64, 1),
+    ):
+        for again in (pickle.loads(pickle.dumps(layout)), copy.deepcopy(layout)):
+            assert again.spec == layout.spec and (layout.tensors or again == layout)
+            assert torch.equal(dense(again, 70, 70, 2, 1), dense(layout, 70, 70, 2, 1))
+    scored = lcattn.TopKBlocks(3, scorer=near)
+    assert pickle.loads(pickle.dumps(scored)) == scored
+    assert lcattn.FromMaskMod(near) == mod != lcattn.FromMaskMod(lambda b, h, q_idx, kv_idx: q_idx == kv_idx)
+
+
+def test_another_process_holds_its_own_functions():
+    layout = lcattn.FromMaskMod(near) & lcattn.Causal()
+    code = (
+        "import pickle, sys, lcattn\n"
+        # the first function of that process, as `near` may be of this one
+        "lcattn.FromMaskMod(lambda b, h, q_idx, kv_idx: q_idx == kv_idx)\n"
+        f"try: lcattn.layout.from_spec({layout.spec!r})\n"
+        "except ValueError as error: assert 'this process does not hold' in str(error)\n"
+        "else: raise AssertionError('found a function')\n"
+        f"again = pickle.loads({pickle.dumps(layout)!r})\n"
+        "print(again.block_table(70, 70).to_dense(70, 70).sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == int(dense(layout, 70, 70, 1, 1).sum())
 
 
 def test_joining_with_something_else_is_a_type_error():

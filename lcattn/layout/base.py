@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -76,17 +76,44 @@ class Layout:
     def check(self, B: int, H: int, T: int, S: int) -> None:
         """Raises ValueError if the layout cannot serve these sizes."""
 
+    def own_sizes(self) -> tuple[int, int]:
+        """B and H as the layout's tensors or parts say them, 1 where they say nothing."""
+        return 1, 1
+
     def map_leaves(self, change: Callable[[Layout], Layout]) -> Layout:
         """The same expression with every layout that is not made of layouts changed."""
         return change(self)
 
     def block_table(
-        self, T: int, S: int, block_q: int = 64, block_k: int = 64, device: torch.device | str = "cpu"
+        self,
+        T: int,
+        S: int,
+        block_q: int = 64,
+        block_k: int = 64,
+        device: torch.device | str = "cpu",
+        batch: int = 1,
+        heads: int = 1,
     ) -> BlockTable:
-        """The lowered table for T queries that stand at the end of S keys; cost O(entries) in time and memory."""
+        """The lowered table for T queries that stand at the end of S keys; cost O(entries) in time and memory.
+
+        Args:
+            block_q, block_k: queries and keys in a block.
+            batch, heads: B and H; at 1, as many as the layout's own tensors or parts say.
+
+        Raises:
+            ValueError: a size is no positive integer, or the layout is for other sizes.
+        """
         from ..lowering import lower
 
-        return lower(self, T=T, S=S, block_q=block_q, block_k=block_k).to(device)
+        given = {"T": T, "S": S, "block_q": block_q, "block_k": block_k, "batch": batch, "heads": heads}
+        for name, value in given.items():
+            check_int("block_table", name, value, 1)
+        B, H = (own if asked == 1 else asked for own, asked in zip(self.own_sizes(), (batch, heads), strict=True))
+        try:
+            self.check(B, H, T, S)
+        except ValueError as error:
+            raise ValueError(f"block_table of T={T}, S={S}, batch={B}, heads={H}: {error}") from None
+        return lower(self, T=T, S=S, batch=B, heads=H, block_q=block_q, block_k=block_k).to(device)
 
     def __and__(self, other: Layout) -> Layout:
         return join(And, self, other)
@@ -103,6 +130,11 @@ class Layout:
 
     def __hash__(self) -> int:
         return hash(self.spec)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # made anew where it is loaded or copied, since a spec may name functions that only this process holds
+        made_of: Any = self
+        return type(self), tuple(getattr(self, f.name) for f in fields(made_of))
 
     def __repr__(self) -> str:
         return self.spec
@@ -154,6 +186,10 @@ class Joined(Layout):
         set_fields(self, per_batch=any(p.per_batch for p in self.parts), per_head=any(p.per_head for p in self.parts))
         set_fields(self, by_content=any(p.by_content for p in self.parts))
         set_fields(self, scattered=any(p.scattered for p in self.parts))
+
+    def own_sizes(self) -> tuple[int, int]:
+        batches, heads = zip(*(part.own_sizes() for part in self.parts), strict=True)
+        return max(batches), max(heads)
 
     def map_leaves(self, change: Callable[[Layout], Layout]) -> Layout:
         kind: Any = type(self)
@@ -219,6 +255,9 @@ class Not(Layout):
         set_fields(self, spec=f"Not({self.part.spec})", tensors=self.part.tensors, by_index=self.part.by_index)
         set_fields(self, per_batch=self.part.per_batch, per_head=self.part.per_head)
         set_fields(self, by_content=self.part.by_content, scattered=self.part.scattered)
+
+    def own_sizes(self) -> tuple[int, int]:
+        return self.part.own_sizes()
 
     def map_leaves(self, change: Callable[[Layout], Layout]) -> Layout:
         return Not(self.part.map_leaves(change))

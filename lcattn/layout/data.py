@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,60 +40,70 @@ class Documents(Layout):
                 raise ValueError(
                     f"Documents: cu_seqlens must be [n + 1] integers, got {tuple(edges.shape)} {edges.dtype}"
                 )
-            if torch.compiler.is_compiling():
-                # the number of ids is data, which a tracer cannot read: they are expanded where the operator runs
-                given = (edges,) if self.q_ids is None else (edges, self.q_ids)
-                set_fields(self, cu_seqlens=edges, tensors=given, by_index=True, per_batch=len(given) > 1)
-                set_fields(
-                    self,
-                    spec="Documents(cu_seqlens=@)" if len(given) < 2 else "Documents(cu_seqlens=@, q_ids=@)",
-                )
-                return
-            ids = torch.repeat_interleave(torch.arange(len(edges) - 1, device=edges.device), edges.diff())[None]
-        else:
-            ids = torch.as_tensor(self.ids)
-            ids = ids[None] if ids.dim() == 1 else ids
-        for name, value in (("ids", ids), ("q_ids", self.q_ids)):
-            if value is not None and (value.dim() != 2 or value.is_floating_point()):
+            set_fields(self, cu_seqlens=edges)
+        for name in ("ids", "q_ids"):
+            if getattr(self, name) is None:
+                continue
+            value = torch.as_tensor(getattr(self, name))
+            value = value[None] if value.dim() == 1 else value
+            if value.dim() != 2 or value.is_floating_point():
                 raise ValueError(
                     f"Documents: {name} must be [B, length] integers, got {tuple(value.shape)} {value.dtype}"
                 )
-        tensors = (ids,) if self.q_ids is None else (ids, self.q_ids)
-        set_fields(self, ids=ids, cu_seqlens=None, tensors=tensors, by_index=True)
-        set_fields(self, per_batch=any(t.shape[0] > 1 for t in tensors))
-        set_fields(self, spec="Documents(ids=@)" if self.q_ids is None else "Documents(ids=@, q_ids=@)")
+            set_fields(self, **{name: value})
+        first, name = self._key_documents()
+        tensors = (first,) if self.q_ids is None else (first, self.q_ids)
+        set_fields(self, tensors=tensors, by_index=True, per_batch=any(t.dim() > 1 and t.shape[0] > 1 for t in tensors))
+        set_fields(self, spec=f"Documents({name}=@)" if self.q_ids is None else f"Documents({name}=@, q_ids=@)")
+
+    def _key_documents(self) -> tuple[Tensor, str]:
+        """The document of every key, or the edges where they are no data yet, and how a spec names the two."""
+        if self.cu_seqlens is None:
+            assert self.ids is not None
+            return self.ids, "ids"
+        edges = self.cu_seqlens
+        if torch.compiler.is_compiling() or edges.is_meta:
+            # the number of ids is data, which a tracer cannot read: they are expanded where the operator runs
+            return edges, "cu_seqlens"
+        edges = edges.long()
+        if edges[0] != 0 or (edges.diff() <= 0).any():
+            raise ValueError(f"Documents: cu_seqlens must be edges 0 = c_0 < ... < c_n = S, got {self.cu_seqlens}")
+        numbers = torch.arange(len(edges) - 1, device=edges.device)
+        return torch.repeat_interleave(numbers, edges.diff())[None], "ids"
+
+    def own_sizes(self) -> tuple[int, int]:
+        return max(1 if t is self.cu_seqlens else t.shape[0] for t in self.tensors), 1
 
     def check(self, B: int, H: int, T: int, S: int) -> None:
         for name, value, length in (("ids", self.ids, S), ("q_ids", self.q_ids, T)):
             if value is not None and (value.shape[1] != length or value.shape[0] not in (1, B)):
                 raise ValueError(f"Documents: {name} must be [{B} or 1, {length}], got {tuple(value.shape)}")
+        if self.cu_seqlens is not None and (ids := self.tensors[0]).dim() == 2 and ids.shape[1] != S:
+            raise ValueError(f"Documents: cu_seqlens must end at S = {S}, got {ids.shape[1]}")
         if self.q_ids is None and T > S:
             raise ValueError(f"Documents: {T} queries stand at the end of {S} keys; give q_ids where T > S")
 
     def _query_ids(self, ctx_T: int) -> Tensor:
-        assert self.ids is not None
-        return self.q_ids if self.q_ids is not None else self.ids[:, self.ids.shape[1] - ctx_T :]
+        ids = self.tensors[0]
+        return self.q_ids if self.q_ids is not None else ids[:, ids.shape[1] - ctx_T :]
 
     def _look_up(self, table: Tensor, b: Tensor | int, idx: Tensor) -> Tensor:
         row = torch.as_tensor(b if table.shape[0] > 1 else 0, device=table.device)
         return table[row, idx.to(table.device).clamp(0, table.shape[1] - 1)]
 
     def visible(self, q_pos: Tensor, k_pos: Tensor, ctx: Context) -> Tensor:
-        assert self.ids is not None
         q_doc = self._look_up(self._query_ids(ctx.T), ctx.b, ctx.q_idx)
-        k_doc = self._look_up(self.ids, ctx.b, ctx.k_idx)
+        k_doc = self._look_up(self.tensors[0], ctx.b, ctx.k_idx)
         return ((q_doc == k_doc) & (k_doc >= 0)).to(q_pos.device)
 
     def bounds(self, region: Region) -> Bounds:
-        assert self.ids is not None
         q_lo, q_hi = region.query_extent(("Documents.q", id(self)), lambda b: self._row(self._query_ids(region.T), b))
-        k_lo, k_hi = region.key_extent(("Documents.k", id(self)), lambda b: self._row(self.ids, b))
+        k_lo, k_hi = region.key_extent(("Documents.k", id(self)), lambda b: self._row(self.tensors[0], b))
         some = (q_lo <= k_hi) & (k_lo <= q_hi) & (q_hi >= 0) & (k_hi >= 0)
         return some, (q_lo == q_hi) & (k_lo == k_hi) & (q_lo == k_lo) & (q_lo >= 0)
 
     @staticmethod
-    def _row(table: Tensor | None, b: int) -> Tensor:
-        assert table is not None
+    def _row(table: Tensor, b: int) -> Tensor:
         return table[b if table.shape[0] > 1 else 0].cpu().long()
 
 
@@ -117,6 +128,9 @@ class Blocks(Layout):
             raise ValueError(f"Blocks: mask must be a [B, H, T / block, S / block] bool tensor, got {what}")
         set_fields(self, spec=f"Blocks(@, {self.block})", tensors=(self.mask,), by_index=True)
         set_fields(self, per_batch=self.mask.shape[0] > 1, per_head=self.mask.shape[1] > 1)
+
+    def own_sizes(self) -> tuple[int, int]:
+        return self.mask.shape[0], self.mask.shape[1]
 
     def check(self, B: int, H: int, T: int, S: int) -> None:
         rows, columns = -(-T // self.block), -(-S // self.block)
@@ -149,15 +163,21 @@ class Blocks(Layout):
         return count > 0, count == (r1 - r0) * (c1 - c0)
 
 
-CALLABLES: list[Callable[..., Any]] = []
+CALLABLES: dict[int, Callable[..., Any]] = {}
+
+
+# drawn where a tracer cannot follow, and at random, so that a spec never names another process's function
+@torch.compiler.assume_constant_result
+def _fresh_number() -> int:
+    return secrets.randbits(63)
 
 
 def callable_number(function: Callable[..., Any]) -> int:
-    """Where `CALLABLES` holds a function, for specs to name it by."""
-    known = next((i for i, f in enumerate(CALLABLES) if f is function), None)
+    """The key under which `CALLABLES` holds a function, for specs to name it by."""
+    known = next((number for number, f in CALLABLES.items() if f is function), None)
     if known is None:
-        known = len(CALLABLES)
-        CALLABLES.append(function)
+        known = _fresh_number()
+        CALLABLES[known] = function
     return known
 
 

@@ -363,6 +363,9 @@ class PerHead(Joined):
         self._finish("PerHead((" + ", ".join(p.spec for p in parts) + ",))")
         set_fields(self, per_head=len(set(p.spec for p in parts)) > 1 or any(p.per_head or p.tensors for p in parts))
 
+    def own_sizes(self) -> tuple[int, int]:
+        return super().own_sizes()[0], len(self.parts)
+
     def check(self, B: int, H: int, T: int, S: int) -> None:
         if len(self.parts) != H:
             raise ValueError(f"PerHead: expected {H} layouts, one a query head, got {len(self.parts)}")

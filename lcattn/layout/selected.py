@@ -48,6 +48,10 @@ class SelectedBlocks(Layout):
         set_fields(self, by_index=True, per_head=self.blocks.shape[1] > 1)
         set_fields(self, per_batch=self.blocks.shape[0] > 1 or self.first.shape[0] > 1)
 
+    def own_sizes(self) -> tuple[int, int]:
+        b, lists, _, _ = self.blocks.shape
+        return max(b, self.first.shape[0]), lists * self.group if lists > 1 else 1
+
     def check(self, B: int, H: int, T: int, S: int) -> None:
         b, lists, _, _ = self.blocks.shape
         if b not in (1, B) or self.first.shape[0] not in (1, B) or (lists != 1 and lists * self.group != H):

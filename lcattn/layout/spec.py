@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -49,18 +49,23 @@ def _evaluate(spec: str, tensors: tuple[Tensor, ...]) -> Layout:
         if not isinstance(node, _ALLOWED + _LITERAL):
             raise ValueError(f"layout spec {spec!r}: {type(node).__name__} is not allowed")
     names: dict[str, Any] = {**KINDS, "_tensor": tensors.__getitem__}
-    names["FromMaskMod"] = lambda index: FromMaskMod(_callable_at(index, spec))
-    names["_callable"] = lambda index: _callable_at(index, spec)
+    names |= {"FromMaskMod": _from_mask_mod, "_callable": CALLABLES.__getitem__}
     unknown = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(names)
     if unknown:
         raise ValueError(f"layout spec {spec!r}: unknown {sorted(unknown)}, expected one of {sorted(KINDS)}")
-    layout = eval(compile(tree, "<layout spec>", "eval"), {"__builtins__": {}}, names)
+    try:
+        layout = eval(compile(tree, "<layout spec>", "eval"), {"__builtins__": {}}, names)
+    except KeyError:
+        raise ValueError(f"layout spec {spec!r} names a Python function that this process does not hold") from None
+    except TypeError as error:
+        raise TypeError(f"layout spec {spec!r}: {str(error).replace('.__init__', '')}") from None
     if not isinstance(layout, Layout):
         raise ValueError(f"layout spec {spec!r} gives {type(layout).__name__}, expected a layout")
     return layout
 
 
-def _callable_at(index: int, spec: str) -> Callable[..., Any]:
-    if index >= len(CALLABLES):
-        raise ValueError(f"layout spec {spec!r} names a Python function that this process does not hold")
-    return CALLABLES[index]
+def _from_mask_mod(number: int) -> FromMaskMod:
+    return FromMaskMod(CALLABLES[number])
+
+
+_from_mask_mod.__qualname__ = FromMaskMod.__name__
