@@ -25,7 +25,7 @@ def _values(results: Results, name: str) -> list[Any]:
 
 
 def loss_table(results: Results) -> str:
-    """A reading a row: loss before and past the trained length, and over the tokens compared; seconds, share of the first.
+    """A reading a row: losses up to and past the trained length, and over the tokens compared; seconds, shares of time.
 
     What claims to extend a model should read on no worse than the same tokens are read alone; a star says where it is.
     """
