@@ -566,3 +566,19 @@ def test_bad_input_names_what_is_wrong(make, words):
         make()
     for word in words:
         assert word in str(raised.value), str(raised.value)
+
+
+@pytest.mark.parametrize("of", ["queries", "keys"])
+@pytest.mark.parametrize("per", ["kv", "head"])
+def test_a_scorer_that_looks_ahead_is_refused(of, per, seed):
+    def centred(q: Tensor, k: Tensor, block: int) -> Tensor:
+        means = k.unflatten(2, (-1, block)).mean(3)
+        if of == "keys":
+            means = means - means.mean(2, keepdim=True)
+        else:
+            q = q - q.mean(2, keepdim=True)
+        return q @ means.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3)
+
+    q, k, v = tensors(Draw(seed), Shape(2, 4, 2, 300, 300, 16))
+    with pytest.raises(ValueError, match="scorer gave a block of queries other scores when later"):
+        lcattn.attention(q, k, v, layout=(lcattn.Chunked(64) | TopKBlocks(1, 64, centred, per)) & lcattn.Causal())

@@ -182,13 +182,15 @@ class TopKBlocks(Layout):
             a block out. q: [B, H, n_q_blocks, D], the first query of each block, NaN where the call does not hold it
             (decoding; a scorer that decodes must read keys alone); k: [B, G, n_k_blocks * block, D], the keys of the
             blocks before the last block of queries, zeros where hidden or missing. Block r of the queries follows
-            block n_k_blocks - n_q_blocks + r of the keys. Keep one function: it is known by its identity.
+            block n_k_blocks - n_q_blocks + r of the keys. Scores of block r may depend on queries up to r and on keys
+            up to the block that it follows, and on no later ones. Keep one function: it is known by its identity.
         per: "kv", one choice a kv head, scores averaged over its query heads; "head", one a query head, where the
             scorer tells them apart.
 
     Raises:
         ValueError: k, block, scorer or per is wrong; in a call, T > S without q_pos, or coordinates with gaps, or
-            scores of a wrong shape, or NaN from a scorer of one's own.
+            scores of a wrong shape, or, from a scorer of one's own, NaN, or scores that change with what comes later
+            (tried once, in the first call that can tell).
 
     Source: Lu et al. 2025 (MoBA), equations 5 and 6, with a key for their query.
     """
@@ -299,6 +301,8 @@ class TopKBlocks(Layout):
                 f"TopKBlocks: scorer must give [{B}, {G} or {H}, {n_q}, {n_k}] floats (n_q_blocks by n_k_blocks),"
                 f" got {what}"
             )
+        if self.scorer is not None:
+            _check_no_leak(self.scorer, probes, keys, self.block, scores, may)
         if self.per == "kv" and scores.shape[1] != G:
             scores = scores.unflatten(1, (G, -1)).mean(2)
         scores = scores.masked_fill(~may, -torch.inf)
@@ -309,6 +313,31 @@ class TopKBlocks(Layout):
                 " decoding, where a scorer must read keys alone",
             )
         return scores
+
+
+# numbers of scorers whose scores were seen to stay when what comes later changed
+_LEAK_FREE: set[int] = set()
+
+
+def _check_no_leak(scorer: Scorer, probes: Tensor, keys: Tensor, block: int, scores: Tensor, may: Tensor) -> None:
+    """Asks a scorer once more, with other queries and keys after the middle: scores before it must stay."""
+    n_rows = may.shape[2] // 2
+    first = (may.shape[3] - may.shape[2] + n_rows) * block
+    number = callable_number(scorer)
+    if number in _LEAK_FREE or torch.compiler.is_compiling() or first <= 0 or not may[:, :, :n_rows].any():
+        return
+    other_probes, other_keys = (
+        torch.cat([x[:, :, :n], x[:, :, n:] * -2], 2) for x, n in ((probes, n_rows), (keys, first))
+    )
+    again = scorer(other_probes, other_keys, block)
+    before, after = (given[:, :, :n_rows].masked_fill(~may[:, :, :n_rows], 0) for given in (scores, again))
+    spread = float(before[before.isfinite()].abs().max()) if before.isfinite().any() else 0.0
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * spread, equal_nan=True):
+        raise ValueError(
+            "TopKBlocks: scorer gave a block of queries other scores when later queries and keys changed: the future"
+            " would leak, and decoding would choose otherwise"
+        )
+    _LEAK_FREE.add(number)
 
 
 def _first(name: str, position: Tensor | None, default: int, device: torch.device) -> Tensor:
