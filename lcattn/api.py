@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +97,9 @@ def attention_with_lse(
     """
     backend = check_name(backend)
     call = (q, k, v, layout, position, scale, softcap, sink, key_mask, q_pos, k_pos, dropout)
-    if (found := plan.attention(make_problem, call, backend)) is not None:
+    # nested tensors have no sizes to look a plan up by
+    nested = any(getattr(t, "is_nested", False) for t in (q, k, v))
+    if not nested and (found := plan.attention(make_problem, call, backend)) is not None:
         return found
     return ops.attention(make_problem(*call), backend)
 
@@ -151,20 +154,24 @@ def make_problem(
     if not isinstance(layout, Layout):
         raise TypeError(f"layout: expected a layout such as Causal(), got {type(layout).__name__}")
     layout.check(B, H, T, S)
+    if not q.is_meta and any(t.is_meta for t in layout.tensors):
+        raise ValueError(f"layout: the tensors of {layout} are on meta, expected values, as on {q.device}")
     scale = _check_number("scale", D**-0.5 if scale is None else scale)
-    softcap = _check_number("softcap", softcap or 0.0)
+    softcap = _check_number("softcap", 0.0 if softcap is None else softcap)
     if softcap < 0:
         raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
     dropout = check_dropout(dropout)
+    for name, tensor in (("sink", sink), ("key_mask", key_mask), ("q_pos", q_pos), ("k_pos", k_pos)):
+        if tensor is not None:
+            check_tensor(name, tensor)
+            if tensor.device != q.device:
+                raise ValueError(f"{name}: expected device {q.device}, as q, got {tensor.device}")
     if sink is not None and (sink.shape != (H,) or not sink.is_floating_point()):
         raise ValueError(f"sink: expected [{H}] floats, one a query head, got {list(sink.shape)} {sink.dtype}")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape not in ((B, S), (1, S))):
         raise ValueError(f"key_mask: expected [{B} or 1, {S}] bool, got {list(key_mask.shape)} {key_mask.dtype}")
     q_pos = _check_coordinates("q_pos", q_pos, B, T)
     k_pos = _check_coordinates("k_pos", k_pos, B, S)
-    for name, tensor in (("sink", sink), ("key_mask", key_mask), ("q_pos", q_pos), ("k_pos", k_pos)):
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"{name}: expected device {q.device}, as q, got {tensor.device}")
     if layout.by_content:
         layout = layout.map_leaves(
             lambda leaf: leaf.select(q, k, q_pos, k_pos, key_mask) if isinstance(leaf, TopKBlocks) else leaf
@@ -221,8 +228,10 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        check_tensor(name, tensor)
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            got = "nested" if tensor.is_nested else tensor.layout
+            raise ValueError(f"{name}: expected a dense tensor (torch.strided), got one that is {got}")
         if tensor.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [batch, heads, length, dim], got {list(tensor.shape)}")
         if not tensor.is_floating_point():
@@ -256,12 +265,24 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
                 )
 
 
-def _check_number(name: str, value: float) -> float:
-    value = float(value)
+def check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def _check_number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name}: expected a number, got a tensor that requires a gradient, which it would not get")
+    try:
+        number = None if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None:
+        raise TypeError(f"{name}: expected a number, got {value!r}")
     # compared rather than asked, since a tracer may hold a symbol here
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-    return value
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {number}")
+    return number
 
 
 def check_dropout(value: float) -> float:

@@ -7,7 +7,6 @@ All of them train and evaluate, compile with `torch.compile(fullgraph=True)` and
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops, reference
-from .api import attention, check_dropout, make_problem, merge
+from .api import attention, check_dropout, check_tensor, make_problem, merge
 from .dispatch import check_name
 from .layout import Blocks, Causal, Chunked, Full, Global, Layout
+from .layout.data import HIDDEN
 from .position import Position, RelativeBias, Terms
 from .position import lower as lower_positions
 
@@ -42,7 +42,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     It takes the place of torch's, in `nn.TransformerEncoderLayer` and `nn.TransformerEncoder` too: their
     fused inference path, which would compute dense attention from these parameters, is not taken. Two things
     differ from torch: a query that sees nothing gives zeros before the output projection (torch: NaN), and a
-    float mask must hold only 0 and -inf.
+    float mask must hold only 0 and -inf (or at most -1e4, which hides as -inf does).
 
     Source: Vaswani et al. 2017, section 3.2.2.
     """
@@ -67,7 +67,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         super().__init__(
             embed_dim,
             num_heads,
-            dropout,
+            check_dropout(dropout),
             bias,
             add_bias_kv,
             add_zero_attn,
@@ -80,7 +80,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         # torch reads this flag from outside: encoder layers that find it set bypass forward() in eval mode
         self._qkv_same_embed_dim = False
         self.layout = _check_layout(layout)
-        self.position = _position_module(position)
+        self.position = _position_module(position, num_heads, self.head_dim)
 
     def _reset_parameters(self) -> None:
         self._qkv_same_embed_dim = self.in_proj_weight is not None
@@ -106,12 +106,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         Args:
             query: [T, B, embed_dim], with batch_first [B, T, embed_dim], without a batch [T, embed_dim]; key
                 and value: likewise, with S, kdim and vdim.
-            key_padding_mask: [B, S] ([S] without a batch); True, or -inf where it is float, hides a key.
+            key_padding_mask: [B, S] ([S] without a batch); True, or at most -1e4 where it is float, hides a key.
             need_weights: also return the weights. True by default, as in torch, so that a call returns what
                 it did; it costs O(B H T S) memory and time whatever the layout, so pass False on anything
                 long.
-            attn_mask: [T, S] or [B * H, T, S]; True, or -inf where it is float, hides a key from a query. It
-                is joined to the layout, and costs O(T S) to read: prefer a layout.
+            attn_mask: [T, S] or [B * H, T, S]; True, or at most -1e4 where it is float, hides a key from a
+                query. It is joined to the layout, and costs O(T S) to read: prefer a layout.
             average_attn_weights: average the weights over heads.
             is_causal: hide later keys. Where T = S it stands for attn_mask, which is then not read; otherwise
                 attn_mask decides, if there is one.
@@ -121,10 +121,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             batch; one or two more keys with add_bias_kv and add_zero_attn), dropped out as out was, or None.
 
         Raises:
-            ValueError, TypeError: a shape or dtype is wrong, or a float mask holds anything but 0 and -inf
-                (an additive term is a `position`). Under torch.compile the latter is a RuntimeError of the
-                running graph.
+            ValueError, TypeError: a shape or dtype is wrong, or a float mask holds anything but 0 and values
+                of at most -1e4 (an additive term is a `position`). Under torch.compile the latter is a
+                RuntimeError of the running graph.
         """
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            check_tensor(name, tensor)
         if query.is_nested:
             masked = key_padding_mask is not None or attn_mask is not None
             if masked or query is not key or key is not value or need_weights or not self.batch_first:
@@ -144,6 +146,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         key_mask = None
         if key_padding_mask is not None:
             expected = (B, S) if batched else (S,)
+            check_tensor("key_padding_mask", key_padding_mask)
             if key_padding_mask.shape != expected:
                 raise ValueError(f"key_padding_mask: expected {list(expected)}, got {list(key_padding_mask.shape)}")
             key_mask = ~_hidden("key_padding_mask", key_padding_mask).reshape(B, S)
@@ -212,6 +215,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _hidden_pairs(self, attn_mask: Tensor, B: int, T: int, S: int) -> Tensor:
         """attn_mask as [1, 1, T, S] or [B, H, T, S] bool."""
         H = self.num_heads
+        check_tensor("attn_mask", attn_mask)
         if attn_mask.shape == (T, S):
             return _hidden("attn_mask", attn_mask)[None, None]
         if attn_mask.shape == (B * H, T, S):
@@ -249,7 +253,8 @@ class ChunkedSelfAttention(nn.Module):
 
     Args:
         embed_dim: width of the tokens; num_heads: query heads H, of embed_dim / H features each.
-        chunk, lookback, lookahead: a token of chunk c sees chunks c - lookback to c + lookahead.
+        chunk, lookback, lookahead: a token of chunk c sees chunks c - lookback to c + lookahead; None, with a
+            position of your own, leaves a side open.
         causal: and no later token.
         num_kv_heads: key and value heads G, dividing H; H by default.
         n_global: the first n_global tokens see all and are seen by all (but for causality).
@@ -271,8 +276,8 @@ class ChunkedSelfAttention(nn.Module):
         embed_dim: int,
         num_heads: int,
         chunk: int,
-        lookback: int = 1,
-        lookahead: int = 0,
+        lookback: int | None = 1,
+        lookahead: int | None = 0,
         causal: bool = False,
         num_kv_heads: int | None = None,
         n_global: int = 0,
@@ -304,11 +309,15 @@ class ChunkedSelfAttention(nn.Module):
         if isinstance(position, str):
             if position != "learned":
                 raise ValueError(f'position: expected a position, None or "learned", got {position!r}')
+            last_chunk = 0 if causal else lookahead
+            if lookback is None or last_chunk is None:
+                name = "lookback" if lookback is None else "lookahead"
+                raise ValueError(f"{name}: expected the number of chunks that the learned bias covers, got None")
             first = 1 - (lookback + 1) * chunk
-            last = 0 if causal else (lookahead + 1) * chunk - 1
+            last = 0 if causal else (last_chunk + 1) * chunk - 1
             table = nn.Parameter(torch.zeros(num_heads, last - first + 1, device=device, dtype=dtype))
             position = RelativeBias(table, first)
-        self.position = _position_module(position)
+        self.position = _position_module(position, num_heads, self.head_dim)
 
         width = (num_heads + 2 * num_kv_heads) * self.head_dim
         self.qkv = nn.Linear(embed_dim, width, bias, device, dtype)
@@ -348,6 +357,7 @@ class ChunkedSelfAttention(nn.Module):
         Raises:
             ValueError: an argument has the wrong shape or dtype; the message names it.
         """
+        check_tensor("x", x)
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise ValueError(f"x: expected [batch, length, {self.embed_dim}], got {list(x.shape)}")
         if (q_pos is None) != (k_pos is None):
@@ -490,15 +500,17 @@ class _PositionList(nn.ModuleList):
         return lower_positions(parts, q, k, v, q_pos, k_pos)
 
 
-def _position_module(position: Any) -> Any:
-    """The position as a module that holds its tensors; None, and a module that is a position itself, stay."""
+def _position_module(position: Any, H: int, D: int) -> Any:
+    """The position, for H heads of D features, as a module that holds its tensors; None, and a module, stay."""
     if position is None or isinstance(position, nn.Module):
         return position
     if isinstance(position, (list, tuple)):
-        return _PositionList([_position_module(part) for part in position])
+        return _PositionList([_position_module(part, H, D) for part in position])
     if not hasattr(position, "lower"):
         what = type(position).__name__
         raise TypeError(f"position: expected a position such as RelativeBias(...), got {what}")
+    if hasattr(position, "check"):
+        position.check(torch.empty(1, H, 1, D, device="meta"))
     return _PositionModule(position) if dataclasses.is_dataclass(position) else position
 
 
@@ -513,15 +525,15 @@ def _and(layout: Layout, other: Layout) -> Layout:
 
 
 def _hidden(name: str, mask: Tensor) -> Tensor:
-    """What a torch mask hides, bool: a bool mask as it is, a float one where it is -inf."""
+    """What a torch mask hides, bool: a bool mask as it is, a float one where it is -inf or next to it."""
     if mask.dtype == torch.bool:
         return mask
     if not mask.is_floating_point():
         raise TypeError(f"{name}: expected bool or float, got {mask.dtype}")
-    hidden = mask == -math.inf
+    hidden = mask <= HIDDEN
     plain = (hidden | (mask == 0)).all()
     message = (
-        f"{name}: a float mask may hold only 0 and -inf here, got other values;"
+        f"{name}: a float mask may hold only 0 and -inf (or at most -1e4) here, got other values;"
         " give a term that depends on distance as position=RelativeBias(...) or Alibi(...)"
     )
     if torch.compiler.is_compiling():

@@ -19,6 +19,25 @@ BAD_MODULES = {
         TypeError,
         "position: expected a position",
     ),
+    "mha_bias_heads": (
+        lambda: MultiheadAttention(E, H, position=[lcattn.Rotary(), lcattn.RelativeBias(torch.zeros(3, 5), 0)]),
+        ValueError,
+        r"table must have 4 heads \(or 1\), got 3",
+    ),
+    "slopes": (
+        lambda: ChunkedSelfAttention(E, H, 8, position=lcattn.Alibi(torch.ones(3))),
+        ValueError,
+        "slopes must have 4 heads, got 3",
+    ),
+    "features": (
+        lambda: ChunkedSelfAttention(E, H, 8, position=lcattn.Shaw(torch.zeros(1, 3, E), 0)),
+        ValueError,
+        "rel_key must have the head dim of q, 8, got",
+    ),
+    "mha_dropout": (lambda: MultiheadAttention(E, H, dropout=2.0), ValueError, "dropout: expected a probability"),
+    "mha_nan": (lambda: MultiheadAttention(E, H, dropout=float("nan")), ValueError, "dropout: expected a finite"),
+    "lookback": (lambda: ChunkedSelfAttention(E, H, 8, lookback=None), ValueError, "lookback: .* got None"),
+    "lookahead": (lambda: ChunkedSelfAttention(E, H, 8, lookahead=None), ValueError, "lookahead: .* got None"),
     "heads": (
         lambda: ChunkedSelfAttention(E, 5, 8),
         ValueError,

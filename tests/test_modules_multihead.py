@@ -46,8 +46,8 @@ def hide_some(*shape: int, keep_first: bool = True) -> Tensor:
     return hidden
 
 
-def as_float(hidden: Tensor) -> Tensor:
-    return torch.zeros(hidden.shape).masked_fill(hidden, -math.inf)
+def as_float(hidden: Tensor, value: float = -math.inf) -> Tensor:
+    return torch.zeros(hidden.shape).masked_fill(hidden, value)
 
 
 # constructor arguments, then what makes the call's
@@ -60,8 +60,10 @@ CALLS = {
     "mask_per_head": ({}, lambda: {"attn_mask": hide_some(B * H, T, T), "need_weights": False}),
     "float_mask": ({}, lambda: {"attn_mask": as_float(hide_some(T, T))}),
     "float_mask_per_head": ({}, lambda: {"attn_mask": as_float(hide_some(B * H, T, T))}),
+    "finite_float_mask": ({}, lambda: {"attn_mask": as_float(hide_some(T, T), -1e9)}),
     "padding": ({}, lambda: {"key_padding_mask": hide_some(B, T), "average_attn_weights": False}),
     "float_padding": ({}, lambda: {"key_padding_mask": as_float(hide_some(B, T)), "need_weights": False}),
+    "finite_float_padding": ({}, lambda: {"key_padding_mask": as_float(hide_some(B, T), -1e4)}),
     "both": ({}, lambda: {"attn_mask": hide_some(T, T), "key_padding_mask": hide_some(B, T)}),
     "causal": ({}, lambda: {"attn_mask": TRIANGLE, "is_causal": True, "need_weights": False}),
     "causal_weights": ({}, lambda: {"attn_mask": as_float(TRIANGLE), "is_causal": True}),
@@ -231,7 +233,10 @@ def test_dropout_returns_the_weights_it_used(more_keys: bool) -> None:
 ADDITIVE = "may hold only 0 and -inf"
 BAD_CALLS = {
     "additive_mask": ({"attn_mask": torch.randn(T, T)}, ValueError, f"attn_mask: .*{ADDITIVE}"),
-    "huge_mask": ({"attn_mask": torch.full((T, T), -1e9)}, ValueError, f"attn_mask: .*{ADDITIVE}"),
+    "small_mask": ({"attn_mask": torch.full((T, T), -9e3)}, ValueError, f"attn_mask: .*{ADDITIVE}"),
+    "list_mask": ({"attn_mask": [[False] * T] * T}, TypeError, "attn_mask: expected a tensor, got list"),
+    "list_padding": ({"key_padding_mask": [[False]]}, TypeError, "key_padding_mask: expected a tensor, got list"),
+    "list_key": ({"key": [1.0]}, TypeError, "key: expected a tensor, got list"),
     "nan_mask": ({"attn_mask": torch.full((T, T), math.nan)}, ValueError, f"attn_mask: .*{ADDITIVE}"),
     "additive_padding": (
         {"key_padding_mask": torch.ones(B, T)},

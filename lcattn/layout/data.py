@@ -107,6 +107,10 @@ class Documents(Layout):
         return table[b if table.shape[0] > 1 else 0].cpu().long()
 
 
+# what a float mask adds to hide a key: at or below this no weight is left in float32
+HIDDEN = -1e4
+
+
 @register
 @dataclass(frozen=True, repr=False, eq=False)
 class Blocks(Layout):

@@ -27,10 +27,17 @@ class RelativeBias:
 
     def __post_init__(self) -> None:
         check_table("RelativeBias", "table", self.table, "[H, L]")
+        if 0 in self.table.shape:
+            got = list(self.table.shape)
+            raise ValueError(f"RelativeBias: table must hold at least one head and one entry, got {got}")
         check_offset("RelativeBias", "min_offset", self.min_offset)
 
-    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
+    def check(self, q: Tensor) -> None:
+        """Raises ValueError if the position cannot serve the heads of q [B, H, T, D]."""
         check_heads("RelativeBias", "table", self.table.shape[0], q)
+
+    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
+        self.check(q)
         return Terms(bias=self.table[None], bias_min=self.min_offset)
 
 
@@ -80,8 +87,12 @@ class T5Bias:
                 f" got {self.max_distance}"
             )
 
-    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
+    def check(self, q: Tensor) -> None:
+        """Raises ValueError if the position cannot serve the heads of q [B, H, T, D]."""
         check_heads("T5Bias", "weight", self.weight.shape[1], q)
+
+    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
+        self.check(q)
         buckets = _t5_buckets(self.bidirectional, self.weight.shape[0], self.max_distance, self.weight.device)
         return Terms(bias=self.weight[buckets].T[None], bias_min=-self.max_distance)
 
@@ -109,7 +120,11 @@ class Alibi:
         slopes += [2 ** (-4 * (2 * i + 1) / n) for i in range(heads - n)]
         return cls(torch.tensor(slopes))
 
-    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
+    def check(self, q: Tensor) -> None:
+        """Raises ValueError if the position cannot serve the heads of q [B, H, T, D]."""
         if self.slopes.shape[0] != q.shape[1]:
             raise ValueError(f"Alibi: slopes must have {q.shape[1]} heads, got {self.slopes.shape[0]}")
+
+    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
+        self.check(q)
         return Terms(slope=-self.slopes)

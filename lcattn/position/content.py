@@ -46,8 +46,12 @@ class Shaw:
         _check_vectors("Shaw", "rel_key", self.rel_key)
         check_offset("Shaw", "min_offset", self.min_offset)
 
-    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
+    def check(self, q: Tensor) -> None:
+        """Raises ValueError if the position cannot serve the heads and features of q [B, H, T, D]."""
         _check_fit("Shaw", "rel_key", self.rel_key, q)
+
+    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
+        self.check(q)
         return Terms(rel_key=self.rel_key, rel_key_min=self.min_offset, qr=q)
 
 
@@ -109,9 +113,13 @@ class TransformerXL:
         sinusoids = torch.cat([angle.sin(), angle.cos()], 1).to(weight.dtype)
         return cls((sinusoids @ weight.T).unflatten(1, (H, D)).transpose(0, 1), u, v, min_offset)
 
-    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
+    def check(self, q: Tensor) -> None:
+        """Raises ValueError if the position cannot serve the heads and features of q [B, H, T, D]."""
         for name, table in (("r", self.r), ("u", self.u), ("v", self.v)):
             _check_fit("TransformerXL", name, table, q)
+
+    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
+        self.check(q)
         u, v = (bias.to(q.dtype)[:, None] for bias in (self.u, self.v))
         return Terms(q=(q + u,), rel_key=self.r, rel_key_min=self.min_offset, qr=q + v)
 
@@ -183,10 +191,14 @@ class Disentangled:
         tables = {"rel_key": self.rel_key, "rel_query": self.rel_query}
         return {name: table for name, table in tables.items() if table is not None}
 
-    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
-        tables = self._tables()
-        for name, table in tables.items():
+    def check(self, q: Tensor) -> None:
+        """Raises ValueError if the position cannot serve the heads and features of q [B, H, T, D]."""
+        for name, table in self._tables().items():
             _check_fit("Disentangled", name, table, q)
+
+    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
+        self.check(q)
+        tables = self._tables()
         some = next(iter(tables.values()))
         index, first = deberta_buckets(some.shape[1] // 2, self.max_distance, some.device)
         by_offset = {name: table[:, index] for name, table in tables.items()}
