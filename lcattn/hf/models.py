@@ -84,6 +84,8 @@ def attention_forward(
     if conversion is not None:
         position += conversion.position
     view = mask.view(conversion, relative=bool(position))
+    if conversion is not None and conversion.position_ids is not None:
+        conversion.position_ids.compare(mask, conversion.prefix)
     D_v = value.shape[3]
     if D_v < query.shape[3]:
         # latent attention's values
