@@ -284,3 +284,43 @@ def test_bad_arguments(seed: int) -> None:
         hf.attention_forward(model, q, q, q, torch.ones(B, 1, T, 40, dtype=torch.bool))
     with pytest.raises(ValueError, match="2 or 4 dimensions"):
         hf.make_mask(B, T, T, attention_mask=torch.ones(B, T, T))
+
+
+def test_positions_for_other_heads_leave_the_model_as_it_was(seed: int) -> None:
+    model = make("llama")
+    inputs = batch(model, None)
+    before = model(**inputs).logits
+    table = torch.zeros(1, 3, 8)
+    for message, position in (
+        ("slopes must have 4 heads, got 3", lcattn.Alibi(torch.ones(3))),
+        ("table must have 4 heads", lcattn.RelativeBias(torch.zeros(3, 9), -4)),
+        ("rel_key must have the head dim of q, 16", lcattn.Shaw(table, -1)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hf.use(model, lcattn.Causal(), position)
+        assert torch.equal(model(**inputs).logits, before) and model.config._attn_implementation != "lcattn"
+    hf.use(model, lcattn.Causal(), lcattn.Alibi(torch.ones(4)))(**inputs)
+
+
+def test_what_is_no_model_is_named() -> None:
+    for call in (
+        lambda: hf.use(None, lcattn.Causal()),
+        lambda: hf.use(None, None),
+        lambda: hf.convert(None),
+        lambda: hf.check(nn.Linear(2, 2)),
+    ):
+        with pytest.raises(TypeError, match="model: expected a transformers model, got"):
+            call()
+
+
+def test_values_of_fewer_features(seed: int) -> None:
+    """DeepSeek's latent attention: heads of 24 features for scores, 16 for values."""
+    sizes = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
+    sizes |= dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=2)
+    trusted = tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**sizes, num_key_value_heads=4)).eval()
+    inputs = batch(trusted, "left")
+    seen = inputs["attention_mask"]
+    truth = results(copy.deepcopy(trusted).double(), inputs, seen)
+    model = hf.convert(copy.deepcopy(trusted))
+    agree(results(model, inputs, seen), truth, lambda: results(trusted, inputs, seen))

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..layout import Layout
 from ..layout.base import check_int
-from ..position import DualChunk, ReRoPE, Rotary, SelfExtend
+from ..position import DualChunk, ReRoPE, Rotary, SelfExtend, Terms
 from ..position.base import check_positive
-from ..position.rotary import Turning
-from .masks import Conversion
-from .models import convert, self_attentions, tuned_prefix, use
+from ..position.rotary import Turning, turn
+from .masks import Conversion, PositionIds
+from .models import convert, pretrained, self_attentions, tuned_prefix, use
 
 # what remaps positions in the operator, and what only changes the model's frequencies
 _REMAPS = ("dual_chunk", "self_extend", "rerope")
@@ -28,7 +29,8 @@ METHODS = (*_REMAPS, *_SCALINGS)
 def extend(model: Any, to: int, method: str = "dual_chunk", layout: Layout | None = None, **options: Any) -> Any:
     """Makes a rotary model read texts of `to` tokens, without training, and returns the model.
 
-    With `trained` its config's max_position_embeddings, the methods and their options (defaults):
+    With `trained` its config's max_position_embeddings (the last three scale the length before any scaling, its
+    original_max_position_embeddings if there is one), the methods and their options (defaults):
 
         dual_chunk    chunk (trained - local), local (trained / 4)      lcattn.DualChunk
         self_extend   window (trained / 4), group (the least that fits `to`)   lcattn.SelfExtend
@@ -42,7 +44,9 @@ def extend(model: Any, to: int, method: str = "dual_chunk", layout: Layout | Non
     turns queries and keys; layers with a sliding window of their own keep their positions. Attention runs on lcattn as
     after `convert`, or, if a layout is given, as after `use`. `use(model, None)` restores the model. The config stays
     as it is, and so does what `save_pretrained` writes; `generate()` may remind of its length, to no effect. A short
-    text is read before and after; should the model's rotary follow a convention that is not served, that tells.
+    text tells how each layer turns its features: in halves, in interleaved pairs (which are put in halves before they
+    are cached), or not at all. The operator counts tokens itself, from each row's or document's first; position_ids
+    that say otherwise, as those of images do, are refused in the forward pass.
 
     Args:
         model: a transformers or PEFT model with rotary positions.
@@ -63,47 +67,37 @@ def extend(model: Any, to: int, method: str = "dual_chunk", layout: Layout | Non
         raise TypeError(f"layout: expected a layout such as Chunked(1024), got {type(layout).__name__}")
     use(model, None)
     rotaries = _rotaries(model)
-    trained = trained_length(next(iter(rotaries.values())).config)
+    # whoever scales frequencies starts from the length before any scaling
+    length_of = trained_length if method in _REMAPS else _original_length
+    trained = min(length_of(rotary.config) for rotary in rotaries.values())
     options = dict(options)
     sharper = _attention_factor(options) if method in _REMAPS else 1.0
     make = _remap(method, to, trained, options) if method in _REMAPS else None
     factor = _factor(method, to, trained, options) if make is None else 1.0
-    # so short that every method reads it as the model itself does
-    n_probe = min(64, trained)
-    if make is not None:
-        remap: Any = make(Rotary(), False)
-        n_probe = min(n_probe, remap.chunk if method == "dual_chunk" else remap.window)
-    before = _probe(model, n_probe)
     convert(model)
     undo: list[Any] = model.__dict__["_lcattn_before"][1]
+    position_ids = PositionIds()
     try:
-        for name, rotary in rotaries.items():
-            if make is None:
+        if make is None:
+            for name, rotary in rotaries.items():
                 undo.append(_replace(model, name, _scaled(rotary, method, factor, trained)))
-            else:
-                undo.append(rotary.register_forward_hook(_identity))
-        _put_on(model, make, layout, 1.0)
-        if make is not None and before is not None:
-            _compare(before, _probe(model, n_probe), model)
-        if sharper != 1:
-            _put_on(model, make, layout, sharper)
+            turned: dict[nn.Module, Rotary] = {}
+        else:
+            turned = _leave_turning(model, rotaries, undo, position_ids)
+        for module in self_attentions(model):
+            position: tuple[Turning, ...] = ()
+            if make is not None and module in turned:
+                own = turned[module]
+                if not _slides(module):
+                    own = replace(own, attention_factor=sharper)
+                position = (own if _slides(module) else make(own, not getattr(module, "is_causal", True)),)
+            module.__dict__["_lcattn"] = Conversion(
+                layout, position, tuned_prefix(model), position_ids if position else None
+            )
     except BaseException:
         use(model, None)
         raise
     return model
-
-
-def _put_on(
-    model: Any, make: Callable[[Rotary, bool], Turning] | None, layout: Layout | None, attention_factor: float
-) -> None:
-    """Every attention of the model reads by `make`, or, if that is None, as it is."""
-    for module in self_attentions(model):
-        position: tuple[Turning, ...] = ()
-        if make is not None and getattr(module, "use_rope", True):
-            parameters, local = _parameters(module), _slides(module)
-            own = Rotary(rope_parameters=parameters, attention_factor=1.0 if local else attention_factor)
-            position = (own if local else make(own, not getattr(module, "is_causal", True)),)
-        module.__dict__["_lcattn"] = Conversion(layout, position, tuned_prefix(model))
 
 
 def _attention_factor(options: dict[str, Any]) -> float:
@@ -162,22 +156,26 @@ def _check_none_left(method: str, left: dict[str, Any], known: tuple[str, ...]) 
 
 
 def _rotaries(model: nn.Module) -> dict[str, Any]:
-    """The modules that make cos and sin, by name."""
-    if not any(isinstance(m, PreTrainedModel) for m in model.modules()):
-        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
+    """The modules that make cos and sin for text, by name."""
+    pretrained(model)
     found = {
         name: module
         for name, module in model.named_modules()
-        if type(module).__name__.endswith("RotaryEmbedding") and hasattr(module, "config")
+        if type(module).__name__.endswith("RotaryEmbedding") and _counts_tokens(module)
     }
     if not found:
-        raise ValueError(f"model: {type(model).__name__} has no rotary positions that could be remapped")
-    for module in found.values():
-        if getattr(module.config, "rope_parameters", None) is None:
-            raise ValueError(
-                f"model: {type(model).__name__} keeps no rope_parameters in its config; it is not supported"
-            )
+        raise ValueError(
+            f"model: {type(model).__name__} has no rotary positions that could be remapped: none of its modules makes"
+            " cos and sin by rope_parameters and max_position_embeddings of a config (some models turn inside their"
+            " attention)"
+        )
     return found
+
+
+def _counts_tokens(module: Any) -> bool:
+    """Whether a module's config is one of rotary positions in a text; those of images have no length."""
+    config = getattr(module, "config", None)
+    return all(getattr(config, name, None) is not None for name in ("rope_parameters", "max_position_embeddings"))
 
 
 def _slides(module: Any) -> bool:
@@ -192,11 +190,16 @@ def _slides(module: Any) -> bool:
 
 
 def trained_length(config: Any) -> int:
-    """Tokens that a model was trained on, before any scaling of its positions; 0 where its config doesn't say."""
-    parameters = getattr(config, "rope_parameters", None) or {}
+    """Tokens that a model reads as it stands, its max_position_embeddings; 0 where its config doesn't say."""
+    return int(getattr(config, "max_position_embeddings", None) or 0)
+
+
+def _original_length(config: Any) -> int:
+    """Tokens that a model was trained on before any scaling of its frequencies."""
+    parameters = config.rope_parameters
     kinds = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
-    known = [p["original_max_position_embeddings"] for p in kinds if p and p.get("original_max_position_embeddings")]
-    return int(min(known, default=getattr(config, "max_position_embeddings", 0)))
+    known = [p["original_max_position_embeddings"] for p in kinds if p.get("original_max_position_embeddings")]
+    return int(min(known, default=trained_length(config)))
 
 
 def _parameters(module: nn.Module) -> dict[str, Any]:
@@ -234,9 +237,11 @@ def _scaled(rotary: Any, method: str, factor: float, trained: int) -> nn.Module:
     return made.to(device)
 
 
-def _identity(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _hand_on(position_ids: PositionIds, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """A rotary's cos and sin, made to turn nothing, its position_ids left for attention to compare."""
     if not isinstance(output, tuple) or len(output) != 2:
         raise ValueError(f"model: {type(module).__name__} makes no cos and sin; its convention is not supported")
+    position_ids.put(kwargs.get("position_ids", args[1] if len(args) > 1 else None))
     return torch.ones_like(output[0]), torch.zeros_like(output[1])
 
 
@@ -256,29 +261,125 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> _Set:
     return _Set(model.get_submodule(parent), leaf, module)
 
 
-def _probe(model: Any, n: int) -> Tensor | None:
-    """What the model says to a short text; None where it reads something else than tokens."""
-    if getattr(model, "main_input_name", "input_ids") != "input_ids" or model.device.type == "meta":
-        return None
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(n, device=model.device) * 7919 % vocabulary)[None]
-    given: dict[str, Any] = {"input_ids": ids}
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        given["use_cache"] = False
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return model(**given)[0].float()
-    finally:
-        model.train(training)
+def _leave_turning(
+    model: Any, rotaries: dict[str, Any], undo: list[Any], position_ids: PositionIds
+) -> dict[nn.Module, Rotary]:
+    """Makes the model's own rotaries turn nothing; the modules left to be turned in halves, and by what."""
+    modules = [m for m in self_attentions(model) if _counts_tokens(m) and getattr(m, "use_rope", True)]
+    turned = {module: Rotary(rope_parameters=_parameters(module)) for module in modules}
+    # no longer than the model knows: frequencies that depend on the length stay as they are
+    text = _ShortText(model, modules, min(64, *(trained_length(rotary.config) for rotary in rotaries.values())))
+    before = text.read()
+    for rotary in rotaries.values():
+        undo.append(rotary.register_forward_hook(functools.partial(_hand_on, position_ids), with_kwargs=True))
+    after = text.read()
+    other = [m for m, heard in before.items() if _error(heard, after[m], turned[m]) > _TURNED_ALIKE]
+    for module in other:
+        if torch.equal(before[module].q, after[module].q):
+            del turned[module]
+        else:
+            undo.extend(_pairs_to_halves(module, after[module].q.shape[3], turned[module]))
+    again = text.read() if other else {}
+    for module in other:
+        if module in turned and (error := _error(before[module], again[module], turned[module])) > _TURNED_ALIKE:
+            raise ValueError(
+                f"model: {type(module).__name__} turns its queries and keys in a way that is not supported, neither in"
+                f" halves nor in interleaved pairs: scores of a short text are off by {error:.0%} of what turning does"
+            )
+    return turned
 
 
-def _compare(before: Tensor, after: Tensor | None, model: Any) -> None:
-    assert after is not None
-    error = float((after - before).abs().max() / before.std())
-    if not error < (1e-2 if model.dtype == torch.float32 else 0.5):
-        raise ValueError(
-            f"model: {type(model).__name__} turns its queries and keys in a way that is not supported: a short text"
-            f" reads otherwise when the operator does it (by {error:.2g} standard deviations of the output)"
-        )
+# of what turning does to scores: rounding to bfloat16 is below a hundredth, another convention about everything
+_TURNED_ALIKE = 0.05
+
+
+class _Heard:
+    """A position that changes nothing and keeps what it was given."""
+
+    q: Tensor
+    k: Tensor
+
+    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
+        self.q, self.k = q.float(), k.float()
+        return Terms()
+
+    def scores(self, rotary: Rotary | None) -> Tensor:
+        """q . k [B, H, T, S], both turned by the rotary."""
+        q, k = self.q, self.k
+        if rotary is not None:
+            T, S = q.shape[2], k.shape[2]
+            frequency, factor = rotary.frequencies(q.shape[3], T, q.device)
+            at = torch.arange(S, device=q.device)[None]
+            q, k = turn(q, at[:, S - T :], frequency, factor), turn(k, at, frequency, factor)
+        return q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+
+
+def _error(own: _Heard, unturned: _Heard, rotary: Rotary) -> float:
+    """How far turning by `rotary` is from what the model does by itself, as a part of what that does."""
+    want = own.scores(None)
+    error = float((unturned.scores(rotary) - want).norm())
+    return error and error / max(float((unturned.scores(None) - want).norm()), 1e-30)
+
+
+class _ShortText:
+    """A text read again and again, in which each attention gives what it gave first.
+
+    So what reaches one of them differs by how it is turned there and by nothing before it.
+    """
+
+    def __init__(self, model: Any, modules: list[nn.Module], n: int) -> None:
+        self.model, self.modules, self.n = model, modules, n
+        self.given: dict[nn.Module, Any] = {}
+
+    def read(self) -> dict[nn.Module, _Heard]:
+        """What each attention that took part was given; nothing where the model reads something else than tokens."""
+        model = self.model
+        if getattr(model, "main_input_name", "input_ids") != "input_ids" or model.device.type == "meta":
+            return {}
+        vocabulary = model.get_input_embeddings().num_embeddings
+        ids = (torch.arange(self.n, device=model.device) * 7919 % vocabulary)[None]
+        known = inspect.signature(model.forward).parameters
+        given: dict[str, Any] = {"input_ids": ids}
+        if "use_cache" in known:
+            given["use_cache"] = False
+        if model.config.is_encoder_decoder:
+            given["decoder_input_ids"] = ids
+        heard = {module: _Heard() for module in self.modules}
+        hooks = []
+        training = model.training
+        model.eval()
+        try:
+            for module, listener in heard.items():
+                module.__dict__["_lcattn"] = Conversion(None, (listener,))
+                hooks.append(module.register_forward_hook(self._as_first))
+            with torch.no_grad():
+                model(**given)
+        finally:
+            model.train(training)
+            for hook in hooks:
+                hook.remove()
+        return {module: listener for module, listener in heard.items() if hasattr(listener, "q")}
+
+    def _as_first(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self.given.setdefault(module, output)
+
+
+def _pairs_to_halves(module: nn.Module, D: int, rotary: Rotary) -> list[Any]:
+    """Hooks that put the features 2 i of queries and keys into one half of what is turned, 2 i + 1 into the other.
+
+    A score is the same in any order of features.
+    """
+    R = 2 * len(rotary.frequencies(D, 0, torch.device("cpu"))[0])
+
+    def reorder(part: nn.Module, args: Any, output: Tensor) -> Tensor:
+        x = output.unflatten(-1, (-1, D))
+        return torch.cat([x[..., 0:R:2], x[..., 1:R:2], x[..., R:]], -1).flatten(-2)
+
+    hooks = []
+    for side in ("q", "k"):
+        # a norm weighs features by their place
+        parts = (getattr(module, f"{side}_{kind}", None) for kind in ("norm", "proj"))
+        part = next((part for part in parts if part is not None), None)
+        if part is not None:
+            hooks.append(part.register_forward_hook(reorder))
+    return hooks

@@ -36,13 +36,33 @@ from ..lowering import Region, lower
 from ..position import Position
 
 
+@dataclass(eq=False)
+class PositionIds:
+    """The position_ids that a model's rotary was given, until a mask has been compared with them."""
+
+    pending: Tensor | None = None
+
+    def put(self, ids: Tensor | None) -> None:
+        # a graph being traced knows no values
+        self.pending = None if torch.compiler.is_compiling() else ids
+
+    def compare(self, mask: Mask, prefix: int) -> None:
+        if not torch.compiler.is_compiling() and self.pending is not None:
+            ids, self.pending = self.pending, None
+            mask.check_position_ids(ids, prefix)
+
+
 @dataclass(frozen=True, eq=False)
 class Conversion:
-    """What `use` put on a model: layout (None: its own), position, and how many leading keys are a tuned prefix."""
+    """What `use` put on a model: layout (None: its own), position, and how many leading keys are a tuned prefix.
+
+    position_ids: what its rotary is given, where the operator turns in its stead.
+    """
 
     layout: Layout | None
     position: tuple[Position, ...] = ()
     prefix: int = 0
+    position_ids: PositionIds | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +153,41 @@ class Mask:
             q_pos = None if start == S - T else torch.arange(start, start + T, device=self.device)[None]
             return View(layout, q_pos, None)
         return View(layout, *self._absolute(prefix))
+
+    def check_position_ids(self, ids: Tensor, prefix: int) -> None:
+        """ValueError unless ids [B or 1, T] or [axes, B or 1, T] are this mask's coordinates but for where they start.
+
+        In a cached step even that is known: at the first slot, or at each row's first real token.
+        """
+        if self.q_offset is None:
+            # the view says what to give instead
+            return
+        _, T, _ = self.sizes
+        ids = ids.reshape(-1, *ids.shape[-2:])
+        device, end = ids.device, self.q_offset + T
+        slots = torch.arange(self.q_offset, end)[None] if self.position_ids is None else self.position_ids
+        shift = ids - slots.to(device)
+        real = torch.ones(1, T, dtype=torch.bool, device=device)
+        if self.padding is not None:
+            seen = self.padding[:, self.q_offset : end].to(device)
+            real = torch.nn.functional.pad(seen, (0, T - seen.shape[1]))
+        shift, real = torch.broadcast_tensors(shift, real)
+        if self.q_offset > prefix:
+            left = self._left_padding(prefix)[:, None].to(device)
+            follows = (shift == 0) | (shift == -left) | (shift == -left - prefix)
+        else:
+            # one axis of positions says where a row starts for all
+            start = shift.gather(-1, real.long().argmax(-1, keepdim=True))[:1]
+            follows = shift == start
+        if bool((follows | ~real).all()):
+            return
+        _, row, token = (~follows & real).nonzero()[0].tolist()
+        got = ids.expand_as(shift)[:, row, token].tolist()
+        cached = f", on from the {self.q_offset} cached" if self.q_offset > prefix else ""
+        raise ValueError(
+            "position_ids: a model that lcattn.hf.extend remapped counts tokens by itself; expected positions that"
+            f" count each row's one by one, alike on all axes{cached}, got {got} for token {token} of row {row}"
+        )
 
     def _placed(self, layout: Layout, prefix: int) -> Layout:
         """The converted model's layout, checked against what this pass can offer it."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.hooks import RemovableHandle
@@ -17,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from ..api import attention
 from ..layout import Layout
-from ..position import Position, T5Bias, Terms
+from ..position import Position, T5Bias, Terms, lower
 from ..position.rotary import Turning
 from . import swap
 from .masks import Conversion, Mask, make_mask, mask_of
@@ -53,14 +54,14 @@ def attention_forward(
     """The attention function of transformers' interface; what sdpa computes, softcap and sinks besides.
 
     Args:
-        query: [B, H, T, D]; key, value: [B, G, S, D], heads not repeated.
+        query: [B, H, T, D]; key, value: [B, G, S, D], heads not repeated; value's head dim may be less.
         attention_mask: a `Mask`; None, causal if T > 1 and is_causal (or module.is_causal) says so; a
             FlexAttention BlockMask; or a mask by its values, [B or 1, H or 1, T, S] bool or of 0 and -inf.
         position_bias: a position (T5's buckets, which `use` provides); a dense [1, H, T, S] bias is refused.
         s_aux: [H] sink logits, module.sinks by default.
 
     Returns:
-        (out [B, T, H, D], None).
+        (out [B, T, H, D], None), D value's.
 
     Raises:
         ValueError, NotImplementedError: what the operator cannot honour is never ignored.
@@ -83,6 +84,12 @@ def attention_forward(
     if conversion is not None:
         position += conversion.position
     view = mask.view(conversion, relative=bool(position))
+    if conversion is not None and conversion.position_ids is not None:
+        conversion.position_ids.compare(mask, conversion.prefix)
+    D_v = value.shape[3]
+    if D_v < query.shape[3]:
+        # latent attention's values
+        value = nn.functional.pad(value, (0, query.shape[3] - D_v))
     out = attention(
         query,
         key,
@@ -97,7 +104,7 @@ def attention_forward(
         k_pos=view.k_pos,
         dropout=dropout,
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out[..., :D_v].transpose(1, 2).contiguous(), None
 
 
 _SERVES = "what serves: {} with lcattn.hf.use(model, {}), or lcattn.modules in a model of your own"
@@ -132,11 +139,17 @@ class _Served:
     replaced: dict[str, nn.Module]
 
 
-def _served(model: nn.Module) -> _Served:
-    """How the model's attention comes to lcattn; ValueError if some of it does not."""
-    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+def pretrained(model: Any) -> list[PreTrainedModel]:
+    """transformers' models within a model, itself first; TypeError if there are none."""
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)] if isinstance(model, nn.Module) else []
     if not parts:
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
+    return parts
+
+
+def _served(model: nn.Module) -> _Served:
+    """How the model's attention comes to lcattn; ValueError if some of it does not."""
+    parts = pretrained(model)
     served = _Served({}, {})
     past: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -236,11 +249,13 @@ def use(model: Any, layout: Layout | None, position: Position | Sequence[Positio
         position: one additive position or several, beside the model's own; the caller trains its tensors.
 
     Raises:
-        ValueError: the model's attention would not run on lcattn, and stays as it was.
+        ValueError: the model's attention would not run on lcattn, or a position is for other heads; it stays as it was.
+        TypeError: not a transformers model.
     """
     if layout is None:
         if position is not None:
             raise ValueError("position: give a layout with it, Full() for none")
+        pretrained(model)
         return _restore(model)
     if not isinstance(layout, Layout):
         raise TypeError(f"layout: expected a layout such as Causal(), got {type(layout).__name__}")
@@ -255,9 +270,36 @@ def use(model: Any, layout: Layout | None, position: Position | Sequence[Positio
             )
     convert(model)
     conversion = Conversion(layout, positions, tuned_prefix(model))
-    for module in self_attentions(model):
+    modules = self_attentions(model)
+    try:
+        _check_fits(positions, modules)
+    except BaseException:
+        _restore(model)
+        raise
+    for module in modules:
         module.__dict__["_lcattn"] = conversion
     return model
+
+
+def _check_fits(positions: tuple[Position, ...], modules: list[nn.Module]) -> None:
+    """ValueError if a position is for other heads or head dims than an attention module has, as far as it tells."""
+    sizes = {
+        (_first(module, _HEADS) or _first(getattr(module, "config", None), _HEADS), _first(module, _HEAD_DIM))
+        for module in modules
+    }
+    with torch.no_grad():
+        for H, D in sizes:
+            if H and D:
+                q = next(modules[0].parameters()).new_zeros(1, H, 1, D)
+                lower(positions, q, q, q, None, None)
+
+
+_HEADS = ("num_heads", "num_attention_heads", "n_heads")
+_HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
+
+
+def _first(owner: Any, names: Sequence[str]) -> int | None:
+    return next((value for name in names if isinstance(value := getattr(owner, name, None), int)), None)
 
 
 def tuned_prefix(model: Any) -> int:
