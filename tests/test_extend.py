@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as tf
@@ -540,6 +541,13 @@ def _turned(model: Any) -> list[tuple[bool, int]]:
     modules = [module for module in model.modules() if "_lcattn" in module.__dict__]
     hooked = [any(part._forward_hooks for part in module.modules()) for module in modules]
     return list(zip(hooked, [len(module.__dict__["_lcattn"].position) for module in modules], strict=True))
+
+
+def test_a_tuned_prefix_is_refused() -> None:
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = peft.get_peft_model(make("llama"), config).eval()
+    with pytest.raises(ValueError, match="prefix tuning gives keys that are not to be turned"):
+        hf.extend(model, 90, "rerope", window=16)
 
 
 def test_layers_without_positions_stay_without() -> None:

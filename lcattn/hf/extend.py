@@ -55,8 +55,8 @@ def extend(model: Any, to: int, method: str = "dual_chunk", layout: Layout | Non
         layout: who sees whom, beside the model's causality and padding; None for what the model sees by itself.
 
     Raises:
-        ValueError: no rotary positions, an unknown method or option, distances beyond the trained length, frequencies
-            to be scaled that are scaled already; the model stays as it was.
+        ValueError: no rotary positions or turned in another way, an unknown method or option, distances beyond the
+            trained length, frequencies to be scaled that are scaled already; the model stays as it was.
     """
     check_int("extend", "to", to, 1)
     if not isinstance(model, nn.Module):
@@ -67,6 +67,11 @@ def extend(model: Any, to: int, method: str = "dual_chunk", layout: Layout | Non
         raise TypeError(f"layout: expected a layout such as Chunked(1024), got {type(layout).__name__}")
     use(model, None)
     rotaries = _rotaries(model)
+    if method in _REMAPS and tuned_prefix(model):
+        raise ValueError(
+            f"model: PEFT's prefix tuning gives keys that are not to be turned, which {method} would turn;"
+            f" {', '.join(_SCALINGS)} leave them as they are"
+        )
     # whoever scales frequencies starts from the length before any scaling
     length_of = trained_length if method in _REMAPS else _original_length
     trained = min(length_of(rotary.config) for rotary in rotaries.values())
