@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,62 @@ def test_strong_accesses_of_a_block_meet_no_other_block(block: int) -> None:
     for scope, store in (("cta", write), ("gpu", "st.relaxed.cta.global.u32 [%w], %a;")):
         with pytest.raises(EmulationError, match=r"race \(write after read\)"):
             _write_after_other_blocks(*reads(scope), write=store)
+
+
+# adds to the first word, and counts by the second one
+ADD, COUNT = "red.global.add.u32 [%w], 1;", "atom.global.add.u32 %b, [%w+4], 1;"
+
+
+def test_a_write_after_atomic_operations_of_other_blocks() -> None:
+    """Not only after the last of them."""
+    _write_after_other_blocks(*[ADD + RELEASE] * 3)
+    for block in range(3):
+        operations = [ADD + (COUNT if i == block else RELEASE) for i in range(3)]
+        with pytest.raises(EmulationError, match=r"race \(write after write\): .* which thread 0 of another block wrote"):
+            _write_after_other_blocks(*operations)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", 1])
+def test_an_atomic_operation_hides_no_other(order: str | int) -> None:
+    def last_of_four(fence: str, last: str) -> None:
+        """`last` is done by the block that counts last."""
+        count = f"ld.param.u64 %w, [p]; {ADD} {fence} {COUNT} setp.ne.u32 %q, %b, 3; @%q ret; {fence} {last}"
+        emulate(_one(count), "one", (4, 1, 1), (1, 1, 1), args=[torch.zeros(2, dtype=torch.int32), 0], order=order)
+
+    last_of_four("membar.gl;", "ld.global.u32 %b, [%w];")
+    # resets the counter for the next launch
+    last_of_four("", "st.global.u32 [%w+4], 0;")
+    with pytest.raises(EmulationError, match=r"race \(read after write\): .* which thread 0 of another block wrote"):
+        last_of_four("", "ld.global.u32 %b, [%w];")
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", 1, 2])
+@pytest.mark.parametrize("written", [0, 4])
+def test_a_wide_strong_store_keeps_the_readers_of_bytes(order: str | int, written: int) -> None:
+    # thread 40 reads byte 1 and thread 0 writes
+    statement = f""".shared .align 16 .b8 words[16]; .reg .b32 %c; mov.u32 %a, %tid.x; mov.u32 %b, words; shl.b32 %a, %a, 2;
+        add.u32 %b, %b, %a; setp.lt.u32 %q, %a, 16; @%q st.shared.u32 [%b], %a; bar.sync 0; mov.u32 %b, words;
+        setp.eq.u32 %q, %a, 160; @%q ld.volatile.shared.u8 %c, [%b+1]; setp.ne.u32 %q, %a, 0; @%q ret;
+        st.volatile.shared.v4.u32 [%b], {{%a, %a, %a, %a}}; st.shared.u32 [%b+{written}], %a;"""
+    race = pytest.raises(EmulationError, match="race .*: [14]-byte (read|write) of shared memory")
+    with race if written == 0 else nullcontext():
+        emulate(_one(statement), "one", (1, 1, 1), (64, 1, 1), args=[torch.zeros(1), 0], order=order)
+
+
+def test_a_write_after_a_read_only_load() -> None:
+    message = r"write of memory that the launch has read by a read-only load: 4-byte write .* which thread 0 read"
+    with pytest.raises(EmulationError, match=message):
+        statement = "ld.param.u64 %w, [p]; ld.global.nc.u32 %b, [%w]; bar.sync 0; st.global.u32 [%w], %b;"
+        emulate(_one(statement), "one", (1, 1, 1), (1, 1, 1), args=[torch.zeros(1), 0])
+
+
+def test_time_grows_as_the_work_does() -> None:
+    """Where every read of a loop is in an epoch of its own, and unordered with the other lanes'."""
+    loop = """.shared .align 4 .b8 word[4]; ld.param.s32 %a, [n]; mov.u32 %b, %tid.x; setp.eq.u32 %q, %b, 0;
+        @%q st.shared.u32 [word], %a; bar.warp.sync -1; again: ld.volatile.shared.u32 %b, [word]; membar.cta;
+        shfl.sync.bfly.b32 %b, %b, 1, 31, -1; sub.u32 %a, %a, 1; setp.ne.u32 %q, %a, 0; @%q bra again;"""
+    counts = [emulate(_one(loop), "one", (1, 1, 1), (32, 1, 1), args=[0, n]) for n in (500, 16000)]
+    assert counts[1].seconds < 200 * counts[0].seconds
 
 
 def _shared_arrays(offset: int) -> torch.Tensor:
