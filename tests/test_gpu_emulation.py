@@ -214,7 +214,7 @@ def test_a_write_after_atomic_operations_of_other_blocks() -> None:
     _write_after_other_blocks(*[ADD + RELEASE] * 3)
     for block in range(3):
         operations = [ADD + (COUNT if i == block else RELEASE) for i in range(3)]
-        with pytest.raises(EmulationError, match=r"race \(write after write\): .* which thread 0 of another block wrote"):
+        with pytest.raises(EmulationError, match=r"race \(write after write\): .* thread 0 of another block wrote"):
             _write_after_other_blocks(*operations)
 
 
@@ -236,11 +236,12 @@ def test_an_atomic_operation_hides_no_other(order: str | int) -> None:
 @pytest.mark.parametrize("written", [0, 4])
 def test_a_wide_strong_store_keeps_the_readers_of_bytes(order: str | int, written: int) -> None:
     # thread 40 reads byte 1 and thread 0 writes
-    statement = f""".shared .align 16 .b8 words[16]; .reg .b32 %c; mov.u32 %a, %tid.x; mov.u32 %b, words; shl.b32 %a, %a, 2;
+    statement = f""".shared .align 16 .b8 words[16]; .reg .b32 %c;
+        mov.u32 %a, %tid.x; mov.u32 %b, words; shl.b32 %a, %a, 2;
         add.u32 %b, %b, %a; setp.lt.u32 %q, %a, 16; @%q st.shared.u32 [%b], %a; bar.sync 0; mov.u32 %b, words;
         setp.eq.u32 %q, %a, 160; @%q ld.volatile.shared.u8 %c, [%b+1]; setp.ne.u32 %q, %a, 0; @%q ret;
         st.volatile.shared.v4.u32 [%b], {{%a, %a, %a, %a}}; st.shared.u32 [%b+{written}], %a;"""
-    race = pytest.raises(EmulationError, match="race .*: [14]-byte (read|write) of shared memory")
+    race = pytest.raises(EmulationError, match=r"race .*: [14]-byte (read|write) of shared memory")
     with race if written == 0 else nullcontext():
         emulate(_one(statement), "one", (1, 1, 1), (64, 1, 1), args=[torch.zeros(1), 0], order=order)
 
@@ -250,6 +251,32 @@ def test_a_write_after_a_read_only_load() -> None:
     with pytest.raises(EmulationError, match=message):
         statement = "ld.param.u64 %w, [p]; ld.global.nc.u32 %b, [%w]; bar.sync 0; st.global.u32 [%w], %b;"
         emulate(_one(statement), "one", (1, 1, 1), (1, 1, 1), args=[torch.zeros(1), 0])
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("order", ["forward", "reverse", 1])
+def test_a_spin_over_two_addresses(order: str | int, check: bool) -> None:
+    def wait_for(sum_: int) -> None:
+        """Thread 0 waits for what threads 32 and 64 write, each to a word of its own."""
+        statement = f""".reg .b32 %c; mov.u32 %a, %tid.x; ld.param.u64 %w, [p]; mov.u32 %b, 1;
+            setp.eq.u32 %q, %a, 32; @%q st.volatile.global.u32 [%w], %b; setp.eq.u32 %q, %a, 64;
+            @%q st.volatile.global.u32 [%w+4], %b; setp.ne.u32 %q, %a, 0; @%q ret; again:
+            ld.volatile.global.u32 %a, [%w]; ld.volatile.global.u32 %c, [%w+4]; add.u32 %a, %a, %c;
+            setp.lt.u32 %q, %a, {sum_}; @%q bra again;"""
+        arguments = [torch.zeros(2, dtype=torch.int32), 0]
+        emulate(_one(statement), "one", (1, 1, 1), (96, 1, 1), args=arguments, order=order, check=check)
+
+    wait_for(2)
+    with pytest.raises(EmulationError, match=r"deadlock: threads spin on memory that none changes .* 0..0: spins"):
+        wait_for(3)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", 1])
+def test_requests_of_a_long_loop_stay_those_of_warps(order: str | int) -> None:
+    loop = """ld.param.u64 %w, [p]; ld.param.s32 %a, [n]; again: ld.global.u32 %b, [%w];
+        sub.u32 %a, %a, 1; setp.ne.u32 %q, %a, 0; @%q bra again;"""
+    counts = emulate(_one(loop), "one", (1, 1, 1), (64, 1, 1), args=[torch.zeros(1), 5000], order=order)
+    assert [(entry.requests, entry.passes) for entry in counts.traffic] == [(10000, 10000)]
 
 
 def test_time_grows_as_the_work_does() -> None:

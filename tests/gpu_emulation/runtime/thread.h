@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "clock.h"
@@ -121,8 +122,8 @@ struct Thread {
   std::vector<size_t> group_ends;
   std::vector<LocalMemory> local;
 
-  // the last load that may be a spin's, and how often it gave the same
-  uint64_t spin_address, spin_value;
+  // what loads that may be a spin's saw last, by address, and how many have seen nothing new since
+  std::unordered_map<uint64_t, uint64_t> seen;
   uint32_t spins;
 };
 
@@ -164,6 +165,8 @@ struct Block {
   uint32_t exited;
   // collectives, barriers and exits: what tells a spin from progress
   uint64_t progress;
+  // of threads that spin, since there was progress
+  uint32_t fruitless_yields;
 };
 
 }  // namespace emulation
