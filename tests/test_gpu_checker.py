@@ -55,7 +55,7 @@ STOPPED = (
     Defect("sum_warps", "kShuffleFromOutsideMask", "lane 16, which is inactive", "__shfl_xor_sync(0xffff"),
     Defect("hand_over", "kBarrierCountTooSmall", r"race \(read after write\)", "= staged[31 - lane]"),
     Defect("hand_over", "kBarrierCountTooLarge", "barrier 1 for 96 threads, but the block has 64", "arrive(kFull"),
-    Defect("hand_over", "kLaneArrivesForAnother", "divergent bar.arrive", "arrive(kFull"),
+    Defect("hand_over", "kLaneArrivesForAnother", "deadlock: .* not reached by all lanes", "arrive(kFull"),
     Defect("hand_over", "kConsumerDoesNotWait", r"race \(read after write\)", "= staged[31 - lane]"),
     Defect("hand_over", "kProducerDoesNotWait", r"race \(read after write\)", "= staged[31 - lane]"),
     Defect("reverse_copied", "kMissingWait", "copy in flight", "= staged[other"),

@@ -279,6 +279,36 @@ def test_requests_of_a_long_loop_stay_those_of_warps(order: str | int) -> None:
     assert [(entry.requests, entry.passes) for entry in counts.traffic] == [(10000, 10000)]
 
 
+@pytest.mark.parametrize("threads", [40, 64])
+@pytest.mark.parametrize("order", ["forward", "reverse", 1])
+def test_barriers_count_warps(order: str | int, threads: int) -> None:
+    """The lanes that a block's last warp lacks have arrived with it."""
+    statement = """.shared .align 4 .b8 word[4];
+        mov.u32 %a, %tid.x; setp.eq.u32 %q, %a, 0; @%q st.shared.u32 [word], %a;
+        bar.sync 1, 64; setp.lt.u32 %q, %a, 32; bar.red.popc.u32 %b, 2, 64, %q; bar.red.and.pred %q, 3, 64, %q;
+        @%q mov.u32 %b, 0; setp.eq.u32 %q, %a, 32; @%q st.shared.u32 [word], %b; setp.ge.u32 %q, %a, 32; @%q bra second;
+        bar.sync 4, 64; ld.shared.u32 %b, [word]; ld.param.u64 %w, [p]; setp.eq.u32 %q, %a, 0;
+        @%q st.global.u32 [%w], %b; ret;
+        second: bar.arrive 4, 64;"""
+    out = torch.zeros(1, dtype=torch.int32)
+    emulate(_one(statement), "one", (1, 1, 1), (threads, 1, 1), args=[out, 0], order=order)
+    assert out.item() == 32
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", 1])
+def test_lanes_may_wait_apart_unless_aligned(order: str | int) -> None:
+    def halves(sync: str, arrive: str) -> None:
+        """Odd and even lanes of the first warp wait at two instructions for the second warp, which arrives."""
+        statement = f"""mov.u32 %a, %tid.x; setp.ge.u32 %q, %a, 32; @%q bra second; and.b32 %a, %a, 1;
+            setp.eq.u32 %q, %a, 1; @%q bra odd; {sync} 1, 64; ret; odd: {sync} 1, 64; ret; second: {arrive} 1, 64;"""
+        emulate(_one(statement), "one", (1, 1, 1), (64, 1, 1), args=[0, 0], order=order)
+
+    for arrive in ("bar.arrive", "barrier.arrive"):
+        halves("barrier.sync", arrive)
+        with pytest.raises(EmulationError, match="divergent barrier: lanes of the warp wait at different instructions"):
+            halves("bar.sync", arrive)
+
+
 def test_time_grows_as_the_work_does() -> None:
     """Where every read of a loop is in an epoch of its own, and unordered with the other lanes'."""
     loop = """.shared .align 4 .b8 word[4]; ld.param.s32 %a, [n]; mov.u32 %b, %tid.x; setp.eq.u32 %q, %b, 0;
@@ -330,16 +360,34 @@ def test_untranslatable(statement: str, message: str) -> None:
 
 def test_arguments() -> None:
     ptx = _one("")
-    with pytest.raises(EmulationError, match=r"expected 2 arguments \(p, n\), got 1"):
+    with pytest.raises(EmulationError, match=r"^one: expected 2 arguments \(p, n\), got 1"):
         emulate(ptx, "one", (1, 1, 1), (32, 1, 1), args=[0])
-    with pytest.raises(EmulationError, match=r"parameter n \(.s32, 4 bytes\) cannot take int 4294967296"):
+    with pytest.raises(EmulationError, match=r"^one: parameter n \(.s32, 4 bytes\) cannot take int 4294967296"):
         emulate(ptx, "one", (1, 1, 1), (32, 1, 1), args=[0, 1 << 32])
     with pytest.raises(EmulationError, match="no kernel two; the module has one"):
         emulate(ptx, "two", (1, 1, 1), (32, 1, 1))
-    with pytest.raises(EmulationError, match="a block of 2048 threads; 1 to 1024 are possible"):
+    with pytest.raises(EmulationError, match=r"^one: a block of 2048 threads; 1 to 1024 are possible"):
         emulate(ptx, "one", (1, 1, 1), (2048, 1, 1), args=[0, 0])
-    with pytest.raises(EmulationError, match="300000 bytes of shared memory, more than 262144"):
-        emulate(ptx, "one", (1, 1, 1), (32, 1, 1), 300000, args=[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("target", "kib"),
+    [("sm_80", 163), ("sm_86", 99), ("sm_90a", 227), ("sm_100a", 227), ("sm_120", 99), ("sm_52", 227)],
+)
+def test_shared_memory_that_a_block_may_have(target: str, kib: int) -> None:
+    ptx = re.sub(r"\.target \w+", f".target {target}", _one(""))
+    emulate(ptx, "one", (1, 1, 1), (32, 1, 1), kib << 10, args=[0, 0])
+    needs = f"^one: the launch needs {(kib << 10) + 16} bytes of shared memory, more than the {kib << 10} of {target}$"
+    with pytest.raises(EmulationError, match=needs):
+        emulate(ptx, "one", (1, 1, 1), (32, 1, 1), (kib << 10) + 16, args=[0, 0])
+
+
+def test_names_of_source_files_survive() -> None:
+    """As those of nvcc's headers, which have what begins a comment elsewhere."""
+    statement = ".loc 2 7 1, function_name $L__info, inlined_at 1 3 5\nst.global.u32 [%w], %a;"
+    files = '\n.file 1 "/home/a/*b//kernel.cu" // */\n.file 2 "/usr/bin/..//include/header.hpp"\n'
+    with pytest.raises(EmulationError, match=r"kernel\.cu:3 \(inlined header\.hpp:7\): st\.global"):
+        emulate(_one(statement) + files, "one", (1, 1, 1), (1, 1, 1), args=[0, 0])
 
 
 def test_tensors() -> None:

@@ -6,7 +6,6 @@
 #include <cstdio>
 #include <numeric>
 
-#include "barrier.h"
 #include "checker.h"
 #include "launch.h"
 #include "memory.h"
@@ -105,7 +104,6 @@ void run_thread() {
   thread.state = State::kExited;
   thread.warp->ready &= ~(1u << thread.lane);
   thread.warp->exited |= 1u << thread.lane;
-  check_arrivals(*thread.warp);
   ++block.exited;
   ++block.progress;
   switch_to(thread.fiber, next_lane(*thread.warp));
@@ -302,8 +300,6 @@ void start_block(uint32_t serial, Dim3 index, char* shared, char* stacks, size_t
     thread.warp = &block.warps[i / kLanes];
     thread.state = State::kReady;
     thread.site = ~0u;
-    thread.arrivals = thread.arrival_hash = 0;
-    thread.last_arrival = ~0u;
     thread.epoch = 1;
     thread.known = nullptr;
     thread.clock = nullptr;

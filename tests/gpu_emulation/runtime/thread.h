@@ -47,6 +47,7 @@ struct RedZone {
 // what a translated kernel's library exports
 struct Module {
   const char* name;
+  const char* target;
   void (*run)(Thread& thread, const char* parameters);
   const Site* sites;
   uint32_t site_count;
@@ -54,8 +55,8 @@ struct Module {
   uint32_t block_count;
   const Variable* variables;
   uint32_t variable_count;
-  // without what red zones add
-  uint32_t static_shared_bytes;
+  // without what red zones add, and what a block of the target may have at most with dynamic memory
+  uint32_t static_shared_bytes, most_shared_bytes;
   const RedZone* red_zones;
   uint32_t red_zone_count, red_zone_bytes;
   uint32_t stack_bytes;
@@ -105,8 +106,8 @@ struct Thread {
   Collective collective;
   uint32_t site;
   uint32_t barrier;
-  // of the bar.arrive that it executed, how many, a hash of which, and the last one's site
-  uint32_t arrivals, arrival_hash, last_arrival;
+  // whether all lanes of its warp must wait there together
+  bool aligned;
 
   uint32_t epoch;
   // the times of `clock`, or null
@@ -147,11 +148,10 @@ struct Warp {
 struct Barrier {
   uint32_t expected, arrived, set, site;
   // what threads found that waited, and those who wait
-  uint32_t last_arrived, last_set;
+  uint32_t last_waiting, last_set;
   std::vector<Thread*> waiting;
   // of those who arrived without waiting
   std::unique_ptr<Clock> contributed;
-  std::vector<uint32_t> arrived_threads;
 };
 
 struct Block {
