@@ -28,12 +28,14 @@ from tests.gpu_emulation.planted.product import double_product, doubled, product
 
 @dataclass(frozen=True)
 class Defect:
-    """A defect that the checker stops at: what it says, and what stands in the source line that it names."""
+    """A defect that the checker stops at: what it says, what stands in the source line that it names, and what it may
+    say instead in another order of the threads, where the defect shows otherwise."""
 
     kernel: str
     name: str
     message: str
     line: str
+    elsewhere: str | None = None
 
     def __str__(self) -> str:
         return f"{self.kernel}-{self.name}"
@@ -48,18 +50,40 @@ STOPPED = (
     Defect("reverse_warps", "kAllWriteOne", r"race \(write after write\): .* global memory", "to = "),
     Defect("reverse_warps", "kReadsUnwrittenOutput", "uninitialised memory: .* global memory", "to = "),
     Defect("reverse_block", "kExitBeforeBarrier", "deadlock: .* exited", "__syncthreads()"),
-    Defect("reverse_block", "kBarrierInOneWarp", r"race \(write after read\)", "staged[threadIdx.x] = x"),
+    Defect(
+        "reverse_block",
+        "kBarrierInOneWarp",
+        r"race \(write after read\)",
+        "staged[threadIdx.x] = x",
+        r"race \(read after write\)",
+    ),
     Defect("reverse_block", "kDivergentBarriers", "divergent barrier", "__syncthreads()"),
     Defect("reverse_block", "kMissingBarrier", r"race \(write after read\)", "staged[threadIdx.x] = x"),
     Defect("sum_warps", "kDivergentShuffle", "deadlock: .* not reached by all lanes", "__shfl_xor_sync"),
     Defect("sum_warps", "kShuffleFromOutsideMask", "lane 16, which is inactive", "__shfl_xor_sync(0xffff"),
-    Defect("hand_over", "kBarrierCountTooSmall", r"race \(read after write\)", "= staged[31 - lane]"),
+    Defect(
+        "hand_over",
+        "kBarrierCountTooSmall",
+        r"race \(read after write\)",
+        "= staged[31 - lane]",
+        "uninitialised memory",
+    ),
     Defect("hand_over", "kBarrierCountTooLarge", "barrier 1 for 96 threads, but the block has 64", "arrive(kFull"),
-    Defect("hand_over", "kLaneArrivesForAnother", "divergent bar.arrive", "arrive(kFull"),
-    Defect("hand_over", "kConsumerDoesNotWait", r"race \(read after write\)", "= staged[31 - lane]"),
-    Defect("hand_over", "kProducerDoesNotWait", r"race \(read after write\)", "= staged[31 - lane]"),
+    Defect("hand_over", "kLaneArrivesForAnother", "deadlock: .* not reached by all lanes", "arrive(kFull"),
+    Defect(
+        "hand_over", "kConsumerDoesNotWait", r"race \(read after write\)", "= staged[31 - lane]", "uninitialised memory"
+    ),
+    Defect(
+        "hand_over", "kProducerDoesNotWait", "deadlock: .* exited", "named_barrier(kFull", r"race \(read after write\)"
+    ),
     Defect("reverse_copied", "kMissingWait", "copy in flight", "= staged[other"),
-    Defect("reverse_copied", "kOneThreadDoesNotWait", "exits with .* in flight", "copy_async(staged + own"),
+    Defect(
+        "reverse_copied",
+        "kOneThreadDoesNotWait",
+        "exits with .* in flight",
+        "copy_async(staged + own",
+        "copy in flight",
+    ),
     Defect("reverse_copied", "kMissingBarrierAfterWait", "copy in flight", "= staged[other"),
     Defect("reverse_copied", "kOverwritesCopyUnderWay", "copy in flight", "staged[own] = 1"),
     Defect("reverse_copied", "kOverwritesSourceOfCopy", "source .* changed .* in flight", "copy_async(staged + own"),
@@ -67,8 +91,20 @@ STOPPED = (
         "reverse_copied", "kExitsWithCopyUnderWay", "exits with .* in flight", "copy_async(staged + own, x + own, 16)"
     ),
     Defect("reverse_copied", "kMisalignedCopy", "misaligned", "copy_async(staged + own"),
-    Defect("normalize_rows", "kReadsPastRow", "gap between the tensor's rows: .* read", "sum += from[i]"),
-    Defect("normalize_rows", "kWritesPastRow", "gap between the tensor's rows: .* write", "to[2 * i] ="),
+    Defect(
+        "normalize_rows",
+        "kReadsPastRow",
+        "gap between the tensor's rows: .* read",
+        "sum += from[i]",
+        "out of bounds: 8-byte read of global memory",
+    ),
+    Defect(
+        "normalize_rows",
+        "kWritesPastRow",
+        "gap between the tensor's rows: .* write",
+        "to[2 * i] =",
+        "out of bounds: 4-byte write of global memory",
+    ),
     Defect("normalize_rows", "kTailRowsRead", "out of bounds: 8-byte read of global memory", "sum += from[i]"),
     Defect("normalize_rows", "kTailRowsWritten", "out of bounds: 4-byte write of global memory", "to[2 * i] ="),
     Defect("normalize_rows", "kMisalignedVector", "misaligned: .* 8-byte access", "sum += from[i]"),
@@ -76,8 +112,8 @@ STOPPED = (
     Defect("sum", "kUnorderedSum", "unordered float reduction: .* global memory", "atomicAdd(out"),
     Defect("sum", "kUnorderedSumShared", "unordered float reduction: .* shared memory", "atomicAdd(of_warp"),
     Defect("sum", "kStoresPastArray", "out of bounds: between arrays: 4-byte write of shared memory", "= mine;"),
-    Defect("sum", "kMissingBarrier", "uninitialised memory", "of_warp[0] + of_warp[1]"),
-    Defect("sum", "kMissingBarrierBeforeRead", "uninitialised memory", "if (!last"),
+    Defect("sum", "kMissingBarrier", "uninitialised memory", "of_warp[0] + of_warp[1]", r"race \(read after write\)"),
+    Defect("sum", "kMissingBarrierBeforeRead", "uninitialised memory", "if (!last", r"race \(read after write\)"),
     Defect("sum", "kMissingReleaseFence", r"race \(read after write\): .* of another block", "partial[block]"),
     Defect("sum", "kMissingAcquireFence", r"race \(read after write\): .* of another block", "partial[block]"),
     Defect("sum", "kFirstBlockReads", "uninitialised memory", "partial[block]"),
@@ -89,14 +125,32 @@ STOPPED = (
     Defect("attention", "kMissingWait", "copy in flight", "ldmatrix(query"),
     Defect("attention", "kWaitsForTooFew", "copy in flight", "ldmatrix(query"),
     Defect("attention", "kMissingLastWait", "exits with .* in flight", "copy_tile(queries"),
-    Defect("attention", "kMissingBarrierAfterWait", r"race \(read after write\)|copy in flight", "ldmatrix(query"),
+    Defect(
+        "attention",
+        "kMissingBarrierAfterWait",
+        r"race \(read after write\)|copy in flight",
+        "ldmatrix(query",
+        "uninitialised memory",
+    ),
     Defect("attention", "kMissingBarrierBeforeRefill", r"race \(write after read\)", "copy_tile(keys + next"),
-    Defect("attention", "kBarrierInTwoWarps", r"race \(read after write\)|copy in flight", "ldmatrix(query"),
+    Defect(
+        "attention",
+        "kBarrierInTwoWarps",
+        r"race \(read after write\)|copy in flight",
+        "ldmatrix(query",
+        "uninitialised memory",
+    ),
     Defect("attention", "kRefillsBufferInUse", "copy in flight", "copy_tile(keys + next"),
-    Defect("attention", "kReadsOtherBuffer", "uninitialised memory", "ldmatrix(key"),
+    Defect("attention", "kReadsOtherBuffer", "uninitialised memory", "ldmatrix(key", "copy in flight"),
     Defect("attention", "kCopiesPastTile", "out of bounds: .* shared memory", "copy_tile(keys"),
     Defect("attention", "kTailRowsRead", "out of bounds: .* global memory", "copy_tile(queries"),
-    Defect("attention", "kTailRowsWritten", r"race \(write after write\): .* another block", "pack(pair[0] * inverse"),
+    Defect(
+        "attention",
+        "kTailRowsWritten",
+        r"race \(write after write\): .* another block",
+        "pack(pair[0] * inverse",
+        "out of bounds: 4-byte write of global memory",
+    ),
     Defect("attention", "kFourLanesWriteLse", r"race \(write after write\)", "problem.lse[head + row] ="),
     Defect("attention", "kDivergentLdmatrix", "deadlock: .* not reached by all lanes", "ldmatrix(key"),
     Defect("attention", "kDivergentMma", "deadlock: .* not reached by all lanes", "mma(score[n]"),
@@ -158,7 +212,7 @@ def test_a_defect_is_stopped_at_and_named(defect: Defect) -> None:
     assert any(defect.line in line for line in named_lines(message, file)), message
     # the first block reads rightly where it runs last
     for order in ("reverse", 1, 2) if defect.name != "kFirstBlockReads" else ():
-        with pytest.raises(EmulationError):
+        with pytest.raises(EmulationError, match="|".join(filter(None, (defect.message, defect.elsewhere)))):
             run(defect.kernel, defect.name, seed=SEED, order=order)
 
 

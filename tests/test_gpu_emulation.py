@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,119 @@ def test_strong_accesses_of_a_block_meet_no_other_block(block: int) -> None:
             _write_after_other_blocks(*reads(scope), write=store)
 
 
+# adds to the first word, and counts by the second one
+ADD, COUNT = "red.global.add.u32 [%w], 1;", "atom.global.add.u32 %b, [%w+4], 1;"
+
+
+def test_a_write_after_atomic_operations_of_other_blocks() -> None:
+    """Not only after the last of them."""
+    _write_after_other_blocks(*[ADD + RELEASE] * 3)
+    for block in range(3):
+        operations = [ADD + (COUNT if i == block else RELEASE) for i in range(3)]
+        with pytest.raises(EmulationError, match=r"race \(write after write\): .* thread 0 of another block wrote"):
+            _write_after_other_blocks(*operations)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", 1])
+def test_an_atomic_operation_hides_no_other(order: str | int) -> None:
+    def last_of_four(fence: str, last: str) -> None:
+        """`last` is done by the block that counts last."""
+        count = f"ld.param.u64 %w, [p]; {ADD} {fence} {COUNT} setp.ne.u32 %q, %b, 3; @%q ret; {fence} {last}"
+        emulate(_one(count), "one", (4, 1, 1), (1, 1, 1), args=[torch.zeros(2, dtype=torch.int32), 0], order=order)
+
+    last_of_four("membar.gl;", "ld.global.u32 %b, [%w];")
+    # resets the counter for the next launch
+    last_of_four("", "st.global.u32 [%w+4], 0;")
+    with pytest.raises(EmulationError, match=r"race \(read after write\): .* which thread 0 of another block wrote"):
+        last_of_four("", "ld.global.u32 %b, [%w];")
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", 1, 2])
+@pytest.mark.parametrize("written", [0, 4])
+def test_a_wide_strong_store_keeps_the_readers_of_bytes(order: str | int, written: int) -> None:
+    # thread 40 reads byte 1 and thread 0 writes
+    statement = f""".shared .align 16 .b8 words[16]; .reg .b32 %c;
+        mov.u32 %a, %tid.x; mov.u32 %b, words; shl.b32 %a, %a, 2;
+        add.u32 %b, %b, %a; setp.lt.u32 %q, %a, 16; @%q st.shared.u32 [%b], %a; bar.sync 0; mov.u32 %b, words;
+        setp.eq.u32 %q, %a, 160; @%q ld.volatile.shared.u8 %c, [%b+1]; setp.ne.u32 %q, %a, 0; @%q ret;
+        st.volatile.shared.v4.u32 [%b], {{%a, %a, %a, %a}}; st.shared.u32 [%b+{written}], %a;"""
+    race = pytest.raises(EmulationError, match=r"race .*: [14]-byte (read|write) of shared memory")
+    with race if written == 0 else nullcontext():
+        emulate(_one(statement), "one", (1, 1, 1), (64, 1, 1), args=[torch.zeros(1), 0], order=order)
+
+
+def test_a_write_after_a_read_only_load() -> None:
+    message = r"write of memory that the launch has read by a read-only load: 4-byte write .* which thread 0 read"
+    with pytest.raises(EmulationError, match=message):
+        statement = "ld.param.u64 %w, [p]; ld.global.nc.u32 %b, [%w]; bar.sync 0; st.global.u32 [%w], %b;"
+        emulate(_one(statement), "one", (1, 1, 1), (1, 1, 1), args=[torch.zeros(1), 0])
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("order", ["forward", "reverse", 1])
+def test_a_spin_over_two_addresses(order: str | int, check: bool) -> None:
+    def wait_for(sum_: int) -> None:
+        """Thread 0 waits for what threads 32 and 64 write, each to a word of its own."""
+        statement = f""".reg .b32 %c; mov.u32 %a, %tid.x; ld.param.u64 %w, [p]; mov.u32 %b, 1;
+            setp.eq.u32 %q, %a, 32; @%q st.volatile.global.u32 [%w], %b; setp.eq.u32 %q, %a, 64;
+            @%q st.volatile.global.u32 [%w+4], %b; setp.ne.u32 %q, %a, 0; @%q ret; again:
+            ld.volatile.global.u32 %a, [%w]; ld.volatile.global.u32 %c, [%w+4]; add.u32 %a, %a, %c;
+            setp.lt.u32 %q, %a, {sum_}; @%q bra again;"""
+        arguments = [torch.zeros(2, dtype=torch.int32), 0]
+        emulate(_one(statement), "one", (1, 1, 1), (96, 1, 1), args=arguments, order=order, check=check)
+
+    wait_for(2)
+    with pytest.raises(EmulationError, match=r"deadlock: threads spin on memory that none changes .* 0..0: spins"):
+        wait_for(3)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", 1])
+def test_requests_of_a_long_loop_stay_those_of_warps(order: str | int) -> None:
+    loop = """ld.param.u64 %w, [p]; ld.param.s32 %a, [n]; again: ld.global.u32 %b, [%w];
+        sub.u32 %a, %a, 1; setp.ne.u32 %q, %a, 0; @%q bra again;"""
+    counts = emulate(_one(loop), "one", (1, 1, 1), (64, 1, 1), args=[torch.zeros(1), 5000], order=order)
+    assert [(entry.requests, entry.passes) for entry in counts.traffic] == [(10000, 10000)]
+
+
+@pytest.mark.parametrize("threads", [40, 64])
+@pytest.mark.parametrize("order", ["forward", "reverse", 1])
+def test_barriers_count_warps(order: str | int, threads: int) -> None:
+    """The lanes that a block's last warp lacks have arrived with it."""
+    statement = """.shared .align 4 .b8 word[4];
+        mov.u32 %a, %tid.x; setp.eq.u32 %q, %a, 0; @%q st.shared.u32 [word], %a;
+        bar.sync 1, 64; setp.lt.u32 %q, %a, 32; bar.red.popc.u32 %b, 2, 64, %q; bar.red.and.pred %q, 3, 64, %q;
+        @%q mov.u32 %b, 0; setp.eq.u32 %q, %a, 32; @%q st.shared.u32 [word], %b; setp.ge.u32 %q, %a, 32; @%q bra second;
+        bar.sync 4, 64; ld.shared.u32 %b, [word]; ld.param.u64 %w, [p]; setp.eq.u32 %q, %a, 0;
+        @%q st.global.u32 [%w], %b; ret;
+        second: bar.arrive 4, 64;"""
+    out = torch.zeros(1, dtype=torch.int32)
+    emulate(_one(statement), "one", (1, 1, 1), (threads, 1, 1), args=[out, 0], order=order)
+    assert out.item() == 32
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", 1])
+def test_lanes_may_wait_apart_unless_aligned(order: str | int) -> None:
+    def halves(sync: str, arrive: str) -> None:
+        """Odd and even lanes of the first warp wait at two instructions for the second warp, which arrives."""
+        statement = f"""mov.u32 %a, %tid.x; setp.ge.u32 %q, %a, 32; @%q bra second; and.b32 %a, %a, 1;
+            setp.eq.u32 %q, %a, 1; @%q bra odd; {sync} 1, 64; ret; odd: {sync} 1, 64; ret; second: {arrive} 1, 64;"""
+        emulate(_one(statement), "one", (1, 1, 1), (64, 1, 1), args=[0, 0], order=order)
+
+    for arrive in ("bar.arrive", "barrier.arrive"):
+        halves("barrier.sync", arrive)
+        with pytest.raises(EmulationError, match="divergent barrier: lanes of the warp wait at different instructions"):
+            halves("bar.sync", arrive)
+
+
+def test_time_grows_as_the_work_does() -> None:
+    """Where every read of a loop is in an epoch of its own, and unordered with the other lanes'."""
+    loop = """.shared .align 4 .b8 word[4]; ld.param.s32 %a, [n]; mov.u32 %b, %tid.x; setp.eq.u32 %q, %b, 0;
+        @%q st.shared.u32 [word], %a; bar.warp.sync -1; again: ld.volatile.shared.u32 %b, [word]; membar.cta;
+        shfl.sync.bfly.b32 %b, %b, 1, 31, -1; sub.u32 %a, %a, 1; setp.ne.u32 %q, %a, 0; @%q bra again;"""
+    counts = [emulate(_one(loop), "one", (1, 1, 1), (32, 1, 1), args=[0, n]) for n in (500, 16000)]
+    assert counts[1].seconds < 200 * counts[0].seconds
+
+
 def _shared_arrays(offset: int) -> torch.Tensor:
     """Stores into the first of two arrays of 12 and 16 bytes and at an offset from it; returns where the second is."""
     statement = f""".shared .align 4 .b8 first[12]; .shared .align 16 .b8 second[16];
@@ -246,16 +360,34 @@ def test_untranslatable(statement: str, message: str) -> None:
 
 def test_arguments() -> None:
     ptx = _one("")
-    with pytest.raises(EmulationError, match=r"expected 2 arguments \(p, n\), got 1"):
+    with pytest.raises(EmulationError, match=r"^one: expected 2 arguments \(p, n\), got 1"):
         emulate(ptx, "one", (1, 1, 1), (32, 1, 1), args=[0])
-    with pytest.raises(EmulationError, match=r"parameter n \(.s32, 4 bytes\) cannot take int 4294967296"):
+    with pytest.raises(EmulationError, match=r"^one: parameter n \(.s32, 4 bytes\) cannot take int 4294967296"):
         emulate(ptx, "one", (1, 1, 1), (32, 1, 1), args=[0, 1 << 32])
     with pytest.raises(EmulationError, match="no kernel two; the module has one"):
         emulate(ptx, "two", (1, 1, 1), (32, 1, 1))
-    with pytest.raises(EmulationError, match="a block of 2048 threads; 1 to 1024 are possible"):
+    with pytest.raises(EmulationError, match=r"^one: a block of 2048 threads; 1 to 1024 are possible"):
         emulate(ptx, "one", (1, 1, 1), (2048, 1, 1), args=[0, 0])
-    with pytest.raises(EmulationError, match="300000 bytes of shared memory, more than 262144"):
-        emulate(ptx, "one", (1, 1, 1), (32, 1, 1), 300000, args=[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("target", "kib"),
+    [("sm_80", 163), ("sm_86", 99), ("sm_90a", 227), ("sm_100a", 227), ("sm_120", 99), ("sm_52", 227)],
+)
+def test_shared_memory_that_a_block_may_have(target: str, kib: int) -> None:
+    ptx = re.sub(r"\.target \w+", f".target {target}", _one(""))
+    emulate(ptx, "one", (1, 1, 1), (32, 1, 1), kib << 10, args=[0, 0])
+    needs = f"^one: the launch needs {(kib << 10) + 16} bytes of shared memory, more than the {kib << 10} of {target}$"
+    with pytest.raises(EmulationError, match=needs):
+        emulate(ptx, "one", (1, 1, 1), (32, 1, 1), (kib << 10) + 16, args=[0, 0])
+
+
+def test_names_of_source_files_survive() -> None:
+    """As those of nvcc's headers, which have what begins a comment elsewhere."""
+    statement = ".loc 2 7 1, function_name $L__info, inlined_at 1 3 5\nst.global.u32 [%w], %a;"
+    files = '\n.file 1 "/home/a/*b//kernel.cu" // */\n.file 2 "/usr/bin/..//include/header.hpp"\n'
+    with pytest.raises(EmulationError, match=r"kernel\.cu:3 \(inlined header\.hpp:7\): st\.global"):
+        emulate(_one(statement) + files, "one", (1, 1, 1), (1, 1, 1), args=[0, 0])
 
 
 def test_tensors() -> None:

@@ -322,7 +322,10 @@ def emulate(
     """
     compiled = kernel(ptx, kernel_name)
     with _lock, Memory() as memory:
-        parameters, copies = _arguments(compiled, args, memory)
+        try:
+            parameters, copies = _arguments(compiled, args, memory)
+        except EmulationError as error:
+            raise EmulationError(f"{kernel_name}: {error}") from None
         library = runtime_library()
         dimensions = [(ctypes.c_uint32 * 3)(*size) for size in (grid, block)]
         begin = time.perf_counter()

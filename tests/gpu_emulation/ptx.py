@@ -85,6 +85,9 @@ class Function:
 
 @dataclass
 class Module:
+    """`target` is the architecture, as sm_80."""
+
+    target: str
     variables: dict[str, Variable]
     functions: dict[str, Function]
 
@@ -146,9 +149,10 @@ def _leading_lines(text: str) -> int:
 
 def _without_comments(text: str) -> str:
     def blank(match: re.Match[str]) -> str:
-        return "\n" * match[0].count("\n")
+        # a path in quotes may hold what begins a comment
+        return match[0] if match[0].startswith('"') else "\n" * match[0].count("\n")
 
-    return re.sub(r"/\*.*?\*/|//[^\n]*", blank, text, flags=re.S)
+    return re.sub(r'"[^"\n]*"|/\*.*?\*/|//[^\n]*', blank, text, flags=re.S)
 
 
 def _variable(line: int, statement: str, space: str) -> Variable:
@@ -324,7 +328,8 @@ def parse(text: str) -> Module:
     files: dict[str, str] = {}
     for number, path in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M):
         files[number] = path.rsplit("/", 1)[-1]
-    module = Module({}, {})
+    target = re.search(r"^\s*\.target\s+(\w+)", text, re.M)
+    module = Module(target[1] if target else "", {}, {})
     body: _Body | None = None
     function: Function | None = None
     for line, kind, statement in _tokens(text):

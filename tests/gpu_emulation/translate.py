@@ -14,6 +14,10 @@ from tests.gpu_emulation.ptx import Function, Instruction, Label, Module, Parame
 _DYNAMIC_ALIGNMENT = 1024
 # between static arrays of shared memory; they stay aligned as they would be without
 _RED_ZONE = _DYNAMIC_ALIGNMENT
+# that a block may have at most, by architecture: CUDA C++ Programming Guide, technical specifications per compute
+# capability
+_SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+_SHARED_KIB_ELSEWHERE = 227
 _EXPORT = '__attribute__((visibility("default")))'
 _JUMPS = ("bra", "brx", "ret", "exit")
 
@@ -148,6 +152,7 @@ class _Translator:
         """The members of thread.h's Module."""
         return [
             f'"{self.kernel.name}"',
+            f'"{self.module.target}"',
             f"function_{identifier(self.kernel.name)}",
             "sites",
             f"{len(self.sites)}u",
@@ -156,6 +161,7 @@ class _Translator:
             "variables",
             f"{variables}u",
             f"{self.static_shared_bytes}u",
+            f"{self._most_shared_bytes()}u",
             "red_zones",
             f"{len(self.red_zones)}u",
             f"{len(self.red_zones) * _RED_ZONE}u",
@@ -172,6 +178,10 @@ class _Translator:
 
     def _red_zone_table(self) -> str:
         return ", ".join(f"{{{begin}u, {end}u}}" for begin, end in self.red_zones) or "{}"
+
+    def _most_shared_bytes(self) -> int:
+        # sm_90a has what sm_90 has
+        return _SHARED_KIB.get(self.module.target.rstrip("af"), _SHARED_KIB_ELSEWHERE) << 10
 
     def _stack_bytes(self) -> int:
         """Local memory and a word for each register, of all functions, as they may be nested."""

@@ -86,8 +86,8 @@ def _reduction(context: Context, op: Opcode, operands: tuple[str, ...], options:
     value = (
         f"barrier_count(thread, {context.read(number, 'u32')}, {count}, {context.read(predicate, 'pred')}, {options})"
     )
-    expression = {"popc": "set", "and": "set == arrived", "or": "set != 0"}[reduction]
-    return f"{{ const auto [set, arrived] = {value}; {context.write(destination, type_, expression)} }}"
+    expression = {"popc": "set", "and": "set == waiting", "or": "set != 0"}[reduction]
+    return f"{{ const auto [set, waiting] = {value}; {context.write(destination, type_, expression)} }}"
 
 
 @instruction("trap")

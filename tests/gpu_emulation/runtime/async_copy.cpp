@@ -46,8 +46,8 @@ void async_copy(Thread& thread, uint64_t destination, uint64_t source, uint32_t 
                     {}};
   if (thread.checking) {
     if (copied) {
-      check_access(thread, source, copied, {Access::kRead, Space::kGlobal}, site);
       note_traffic(thread, site, source, copied, false, false);
+      check_access(thread, source, copied, {Access::kRead, Space::kGlobal}, site);
     }
     check_access(thread, destination, bytes, {Access::kCopyIssued, Space::kShared}, site);
   }

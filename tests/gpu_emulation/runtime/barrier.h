@@ -5,15 +5,12 @@
 namespace emulation {
 
 struct BarrierCount {
-  uint32_t set, arrived;
+  uint32_t set, waiting;
 };
 
 // a count of 0 means all threads of the block
 void barrier_sync(Thread& thread, uint32_t number, uint32_t count, bool aligned, uint32_t site);
 void barrier_arrive(Thread& thread, uint32_t number, uint32_t count, bool aligned, uint32_t site);
-// of a warp whose lanes have all exited: that all executed the same bar.arrive, which nobody waits
-// in
-void check_arrivals(const Warp& warp);
 BarrierCount barrier_count(Thread& thread, uint32_t number, uint32_t count, bool predicate,
                            bool aligned, uint32_t site);
 

@@ -77,52 +77,80 @@ bool are_ordered(const Thread& thread, const Readers& readers) {
 }
 
 Strength strength(const AccessKind& kind) {
+  if (kind.access == Access::kReadOnly) return Strength::kReadOnly;
   if (!kind.is_strong) return Strength::kPlain;
   return kind.is_block_scope ? Strength::kBlock : Strength::kDevice;
 }
 
-void record_read(const Checked& checked, Shadow& shadow, Cell& cell) {
+bool are_alike(const Readers& first, const Readers& second) {
+  return first.warp == second.warp && first.strength == second.strength &&
+         first.wrote == second.wrote;
+}
+
+// whether an access that is ordered after `later`, or may meet it, is so with `earlier`, if those
+// two are ordered
+bool covers(const Readers& later, const Readers& earlier) {
+  return earlier.strength >= later.strength && later.wrote >= earlier.wrote;
+}
+
+// adds to more readers than one
+void record_besides(const Thread& thread, const Readers& mine, Shadow& shadow, Cell& cell) {
+  bool is_known = false, has_empty = false;
+  shadow.for_each_readers(cell, [&](Readers& have) {
+    if (are_alike(have, mine)) {
+      have.lanes |= mine.lanes;
+      is_known = true;
+    } else if (have.warp.who() == mine.warp.who() && covers(mine, have)) {
+      have.lanes &= ~mine.lanes;
+      has_empty |= !have.lanes;
+    }
+  });
+  if (!is_known) {
+    shadow.for_each_readers(cell, [&](Readers& have) {
+      if (!covers(mine, have) || !are_ordered(thread, have)) return;
+      have.lanes = 0;
+      has_empty = true;
+    });
+  }
+  if (has_empty) shadow.drop_empty_readers(cell);
+  if (is_known) return;
+  if (cell.readers.lanes) {
+    shadow.more_readers(cell).push_back(mine);
+  } else {
+    cell.readers = mine;
+  }
+}
+
+// remembers a read or a strong write
+void record(const Checked& checked, Shadow& shadow, Cell& cell) {
   const Thread& thread = checked.thread;
   const Readers mine = {Stamp::of(thread.warp->block->serial, thread.warp->index, thread.epoch),
-                        1u << thread.lane, strength(checked.kind)};
+                        1u << thread.lane, strength(checked.kind), writes(checked.kind.access)};
   Readers& readers = cell.readers;
   if (readers.lanes && readers.warp.block != mine.warp.block) {
     shadow.hand_on_readers(cell, launched().first_block);
   }
   if (!readers.lanes) {
     readers = mine;
-    return;
-  }
-  const auto find = [&](auto&& fits) -> Readers* {
-    if (fits(readers)) return &readers;
-    if (!cell.more_readers) return nullptr;
-    for (Readers& have : shadow.reader_lists[cell.more_readers - 1]) {
-      if (fits(have)) return &have;
-    }
-    return nullptr;
-  };
-  const auto is_same = [&](const Readers& have) {
-    return have.warp == mine.warp && have.strength == mine.strength;
-  };
-  // what is ordered after this read will be after that one, and whatever may meet this one may meet
-  // that one
-  const auto is_before = [&](const Readers& have) {
-    return have.strength >= mine.strength && are_ordered(thread, have);
-  };
-  if (Readers* same = find(is_same)) {
-    same->lanes |= mine.lanes;
-  } else if (Readers* old = find(is_before)) {
-    *old = mine;
+  } else if (are_alike(readers, mine) && !cell.more_readers) {
+    readers.lanes |= mine.lanes;
   } else {
-    shadow.more_readers(cell).push_back(mine);
+    record_besides(thread, mine, shadow, cell);
   }
 }
 
 // strong accesses may meet unordered, if each is strong to the other's block
-bool may_meet(const Checked& checked, uint32_t block, Strength read) {
+bool may_meet(const Checked& checked, uint32_t block, Strength other) {
   const Strength least =
       block == checked.thread.warp->block->serial ? Strength::kBlock : Strength::kDevice;
-  return read >= least && strength(checked.kind) >= least;
+  return other >= least && strength(checked.kind) >= least;
+}
+
+// of all blocks in the list
+bool may_meet_others(const Checked& checked, const Shadow& shadow, const Cell& cell) {
+  return !cell.other_readers ||
+         (strength(checked.kind) == Strength::kDevice &&
+          shadow.other_reader_lists[cell.other_readers - 1].weakest == Strength::kDevice);
 }
 
 // whether a thread knows of what all threads of another block did in an epoch
@@ -133,44 +161,61 @@ bool may_be_ordered(const Thread& thread, const OtherReader& reader) {
   return std::ranges::any_of(*found->second, [&](uint32_t time) { return time >= reader.epoch; });
 }
 
-void check_readers(const Checked& checked, size_t offset, const Shadow& shadow, const Cell& cell) {
+[[noreturn]] void report_earlier(const Checked& checked, size_t offset, Strength strength,
+                                 bool wrote, uint32_t block, uint32_t thread) {
+  const char* what = !wrote                        ? "race (write after read)"
+                     : writes(checked.kind.access) ? "race (write after write)"
+                                                   : "race (read after write)";
+  if (strength == Strength::kReadOnly) {
+    what = "write of memory that the launch has read by a read-only load";
+  }
+  report_race(checked, offset, what, block, thread, wrote ? "wrote" : "read", ~0u);
+}
+
+// that an access is ordered after those recorded that `concern` it, unless it may meet them
+template <typename Concern>
+void check_recorded(const Checked& checked, size_t offset, Shadow& shadow, Cell& cell,
+                    Concern&& concern) {
   const Thread& thread = checked.thread;
+  const uint32_t first_block = launched().first_block;
   shadow.for_each_readers(cell, [&](const Readers& readers) {
-    if (may_meet(checked, readers.warp.block, readers.strength)) return;
+    const uint32_t block = readers.warp.block;
+    if (block < first_block || !concern(readers) || may_meet(checked, block, readers.strength)) {
+      return;
+    }
     for (uint32_t lanes = readers.lanes; lanes; lanes &= lanes - 1) {
       const uint32_t other = readers.warp.who() * kLanes + __builtin_ctz(lanes);
-      if (!is_ordered(thread, readers.warp.block, other, readers.warp.epoch())) {
-        report_race(checked, offset, "race (write after read)", readers.warp.block, other, "read",
-                    ~0u);
+      if (readers.strength == Strength::kReadOnly ||
+          !is_ordered(thread, block, other, readers.warp.epoch())) {
+        report_earlier(checked, offset, readers.strength, readers.wrote, block, other);
       }
     }
   });
-  shadow.for_each_other(cell.other_readers, launched().first_block, [&](const OtherReader& reader) {
-    if (reader.block == thread.warp->block->serial) return;
-    if (may_meet(checked, reader.block, reader.strength) || may_be_ordered(thread, reader)) return;
-    report_race(checked, offset, "race (write after read)", reader.block, 0, "read", ~0u);
+  if (may_meet_others(checked, shadow, cell)) return;
+  shadow.for_each_other(cell.other_readers, first_block, [&](const OtherReader& reader) {
+    if (!concern(reader) || may_meet(checked, reader.block, reader.strength)) return;
+    if (reader.strength == Strength::kReadOnly || !may_be_ordered(thread, reader)) {
+      report_earlier(checked, offset, reader.strength, reader.wrote, reader.block, 0);
+    }
   });
 }
 
 // after a write: those that it may meet are still unordered with what comes after it
 void forget_checked(const Checked& checked, Shadow& shadow, Cell& cell) {
-  std::vector<Readers> kept;
-  std::vector<OtherReader> others;
-  if (checked.kind.is_strong) {
-    shadow.for_each_readers(cell, [&](const Readers& readers) {
-      if (may_meet(checked, readers.warp.block, readers.strength)) kept.push_back(readers);
-    });
-    shadow.for_each_other(cell.other_readers, launched().first_block,
-                          [&](const OtherReader& reader) {
-                            if (may_meet(checked, reader.block, reader.strength))
-                              others.push_back(reader);
-                          });
-  }
-  shadow.forget_readers(cell);
-  for (size_t i = others.size(); i > 0; --i) shadow.add(cell.other_readers, others[i - 1]);
-  if (kept.empty()) return;
-  cell.readers = kept.front();
-  if (kept.size() > 1) shadow.more_readers(cell).assign(kept.begin() + 1, kept.end());
+  bool has_empty = false;
+  shadow.for_each_readers(cell, [&](Readers& readers) {
+    if (may_meet(checked, readers.warp.block, readers.strength)) return;
+    readers.lanes = 0;
+    has_empty = true;
+  });
+  if (has_empty) shadow.drop_empty_readers(cell);
+  if (may_meet_others(checked, shadow, cell)) return;
+  std::vector<OtherReader> kept;
+  shadow.for_each_other(cell.other_readers, launched().first_block, [&](const OtherReader& reader) {
+    if (may_meet(checked, reader.block, reader.strength)) kept.push_back(reader);
+  });
+  cell.other_readers = 0;
+  for (size_t i = kept.size(); i > 0; --i) shadow.add(cell.other_readers, kept[i - 1]);
 }
 
 // generated code may have threads that hold the same value all store it
@@ -209,12 +254,23 @@ void check_cell(const Checked& checked, size_t offset, uint8_t state, Cell& cell
                   sums && both_strong ? "added to" : "wrote", cell.write_site);
     }
   }
+  if (!writes(access)) {
+    if (state & kStrong) {
+      check_recorded(checked, offset, shadow, cell, [](const auto& other) { return other.wrote; });
+    }
+    return record(checked, shadow, cell);
+  }
   const Stamp mine = Stamp::of(thread.warp->block->serial, thread.index, thread.epoch);
-  if (!writes(access)) return record_read(checked, shadow, cell);
   if (cell.readers.lanes || cell.other_readers) {
-    check_readers(checked, offset, shadow, cell);
+    // the thread's own atomic operation has observed the strong writes before it, so that it may
+    // reset a counter that was the last to count
+    const bool observed =
+        (state & kReadModifyWrite) && written.block == mine.block && written.who() == thread.index;
+    check_recorded(checked, offset, shadow, cell,
+                   [&](const auto& other) { return !(other.wrote && observed); });
     forget_checked(checked, shadow, cell);
   }
+  if (checked.kind.is_strong) record(checked, shadow, cell);
   cell.write = mine;
   cell.write_site = checked.site;
 }
@@ -266,6 +322,7 @@ void set_states(const Checked& checked) {
   if (checked.kind.is_strong) value |= kStrong;
   if (checked.kind.is_float_sum) value |= kFloatSum;
   if (checked.kind.is_block_scope) value |= kBlockScope;
+  if (checked.kind.access == Access::kReadWrite) value |= kReadModifyWrite;
   memset(state, value, checked.bytes);
 }
 

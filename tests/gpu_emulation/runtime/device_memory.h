@@ -63,11 +63,11 @@ inline Vector<Element, kCount> load(Thread& thread, uint64_t address, uint32_t s
   current_site = site;
   check_alignment(thread, address, kBytes, site);
   if (thread.checking) [[unlikely]] {
-    check_access(thread, address, kBytes,
-                 {kAccess, kSpace, kOrder != Order::kWeak, kScope == Scope::kBlock}, site);
     if (kSpace != Space::kLocal) {
       note_traffic(thread, site, address, kBytes, is_shared_address(address), false);
     }
+    check_access(thread, address, kBytes,
+                 {kAccess, kSpace, kOrder != Order::kWeak, kScope == Scope::kBlock}, site);
   }
   Vector<Element, kCount> values;
   memcpy(&values, reinterpret_cast<const void*>(address), kBytes);
@@ -85,12 +85,12 @@ inline void store(Thread& thread, uint64_t address, const Vector<Element, kCount
   current_site = site;
   check_alignment(thread, address, kBytes, site);
   if (thread.checking) [[unlikely]] {
-    check_access(thread, address, kBytes,
-                 {kAccess, kSpace, kOrder != Order::kWeak, kScope == Scope::kBlock, false, &values},
-                 site);
     if (kSpace != Space::kLocal) {
       note_traffic(thread, site, address, kBytes, is_shared_address(address), true);
     }
+    check_access(thread, address, kBytes,
+                 {kAccess, kSpace, kOrder != Order::kWeak, kScope == Scope::kBlock, false, &values},
+                 site);
     if constexpr (kOrder != Order::kWeak) {
       before_strong_write<kOrder, kScope>(thread, address, false);
     }
@@ -189,9 +189,9 @@ inline typename Operation::Type atomic(Thread& thread, uint64_t address, uint32_
   current_site = site;
   check_alignment(thread, address, sizeof(Type), site);
   if (thread.checking) {
+    note_traffic(thread, site, address, sizeof(Type), is_shared_address(address), true);
     check_access(thread, address, sizeof(Type),
                  {Access::kReadWrite, kSpace, true, kScope == Scope::kBlock, kFloatSum}, site);
-    note_traffic(thread, site, address, sizeof(Type), is_shared_address(address), true);
     after_strong_read<kOrder, kScope>(thread, address);
     before_strong_write<kOrder, kScope>(thread, address, true);
   }

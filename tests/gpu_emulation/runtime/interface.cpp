@@ -91,15 +91,27 @@ void check_size(const Launch& launch) {
     throw Error("a grid of (" + std::to_string(grid.x) + "," + std::to_string(grid.y) + "," +
                 std::to_string(grid.z) + ") blocks; y and z are from 1 to 65535");
   }
+  const Module& module = *launch.module;
+  const uint64_t shared = uint64_t{module.static_shared_bytes} + launch.dynamic_shared_bytes;
+  if (shared > module.most_shared_bytes) {
+    throw Error("the launch needs " + std::to_string(shared) +
+                " bytes of shared memory, more than the " +
+                std::to_string(module.most_shared_bytes) + " of " + module.target);
+  }
 }
 
 void run(Launch launch) {
   static Stacks stacks;
-  check_size(launch);
   const Module& module = *launch.module;
-  char* shared = shared_memory(shared_bytes(launch));
-  const size_t stack_bytes = (kRuntimeStack + 2 * module.stack_bytes + kPage - 1) / kPage * kPage;
-  stacks.provide(launch.block.x * launch.block.y * launch.block.z, stack_bytes);
+  char* shared;
+  try {
+    check_size(launch);
+    shared = shared_memory(shared_bytes(launch));
+    const size_t stack_bytes = (kRuntimeStack + 2 * module.stack_bytes + kPage - 1) / kPage * kPage;
+    stacks.provide(launch.block.x * launch.block.y * launch.block.z, stack_bytes);
+  } catch (const Error& error) {
+    throw Error(std::string(module.name) + ": " + error.what());
+  }
   for (uint32_t i = 0; i < module.variable_count; ++i) {
     const Variable& variable = module.variables[i];
     register_variable(variable.name, variable.address, variable.bytes, variable.read_only);

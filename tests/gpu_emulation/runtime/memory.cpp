@@ -16,7 +16,8 @@ namespace {
 constexpr size_t kPage = 4096;
 constexpr size_t kGuard = size_t{1} << 20;
 constexpr size_t kSharedWindow = size_t{1} << 32;
-constexpr size_t kMaxShared = 256 << 10;
+// what any GPU gives a block, with room for red zones
+constexpr size_t kMaxShared = 1 << 20;
 // swizzled layouts assume that dynamic shared memory begins at a multiple of this
 constexpr size_t kSharedAlignment = 1024;
 
@@ -98,8 +99,8 @@ Region& shared_region() { return shared; }
 
 char* shared_memory(size_t bytes) {
   if (bytes > kMaxShared) {
-    throw Error("the launch needs " + std::to_string(bytes) +
-                " bytes of shared memory, more than " + std::to_string(kMaxShared));
+    throw Error("shared memory with its red zones is " + std::to_string(bytes) +
+                " bytes, more than " + std::to_string(kMaxShared));
   }
   if (!shared_window) {
     shared_window = reserve(kGuard + kMaxShared + kSharedWindow + kGuard);

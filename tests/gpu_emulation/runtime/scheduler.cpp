@@ -6,7 +6,6 @@
 #include <cstdio>
 #include <numeric>
 
-#include "barrier.h"
 #include "checker.h"
 #include "launch.h"
 #include "memory.h"
@@ -17,8 +16,9 @@ namespace emulation {
 
 namespace {
 
-// turns in which every thread only spun, after which none will ever do anything else
-constexpr uint32_t kFruitlessTurns = 2000;
+// after so many turns in which threads only spun, so often altogether, none will ever do anything
+// else
+constexpr uint32_t kFruitlessTurns = 2000, kFruitlessYields = 1 << 16;
 constexpr uint32_t kSpinsBeforeYield = 16;
 
 Launch launch;
@@ -104,7 +104,6 @@ void run_thread() {
   thread.state = State::kExited;
   thread.warp->ready &= ~(1u << thread.lane);
   thread.warp->exited |= 1u << thread.lane;
-  check_arrivals(*thread.warp);
   ++block.exited;
   ++block.progress;
   switch_to(thread.fiber, next_lane(*thread.warp));
@@ -245,12 +244,13 @@ void yield(Thread& thread, uint32_t site) {
 }
 
 void note_strong_load(Thread& thread, uint64_t address, uint64_t value, uint32_t site) {
-  if (thread.spin_address != address || thread.spin_value != value) {
-    thread.spin_address = address;
-    thread.spin_value = value;
+  const auto [seen, is_new] = thread.seen.try_emplace(address, value);
+  if (is_new || seen->second != value) {
+    seen->second = value;
     thread.spins = 0;
     ++block.progress;
   } else if (++thread.spins % kSpinsBeforeYield == 0) {
+    ++block.fruitless_yields;
     yield(thread, site);
   }
 }
@@ -274,6 +274,7 @@ void start_block(uint32_t serial, Dim3 index, char* shared, char* stacks, size_t
   for (Barrier& barrier : block.barriers) barrier = Barrier{};
   block.exited = 0;
   block.progress = 0;
+  block.fruitless_yields = 0;
   for (uint32_t i = 0; i < block.warp_count; ++i) {
     Warp& warp = block.warps[i];
     warp.block = &block;
@@ -299,8 +300,6 @@ void start_block(uint32_t serial, Dim3 index, char* shared, char* stacks, size_t
     thread.warp = &block.warps[i / kLanes];
     thread.state = State::kReady;
     thread.site = ~0u;
-    thread.arrivals = thread.arrival_hash = 0;
-    thread.last_arrival = ~0u;
     thread.epoch = 1;
     thread.known = nullptr;
     thread.clock = nullptr;
@@ -309,14 +308,14 @@ void start_block(uint32_t serial, Dim3 index, char* shared, char* stacks, size_t
     thread.copies.clear();
     thread.group_ends.clear();
     thread.local.clear();
-    thread.spin_address = thread.spin_value = 0;
+    thread.seen.clear();
     thread.spins = 0;
     prepare_fiber(thread.fiber, stacks + i * stack_bytes, stack_bytes, run_thread);
   }
 }
 
 void run_block() {
-  uint32_t fruitless = 0;
+  uint32_t fruitless_turns = 0;
   while (block.exited < block.thread_count) {
     bool ran = false;
     const uint64_t before = block.progress;
@@ -330,8 +329,9 @@ void run_block() {
       run_warp(warp);
     }
     if (!ran) deadlock(deadlock_kind());
-    fruitless = block.progress == before ? fruitless + 1 : 0;
-    if (fruitless > kFruitlessTurns) {
+    if (block.progress != before) {
+      fruitless_turns = block.fruitless_yields = 0;
+    } else if (++fruitless_turns > kFruitlessTurns && block.fruitless_yields > kFruitlessYields) {
       deadlock("deadlock: threads spin on memory that none changes (blocks run one after another)");
     }
   }

@@ -17,7 +17,7 @@ void switch_away(Thread& thread);
 // lets other warps run
 void yield(Thread& thread, uint32_t site);
 
-// a load that may be a spin's yields if it keeps giving the same
+// loads that may be a spin's yield if their addresses keep giving the same
 void note_strong_load(Thread& thread, uint64_t address, uint64_t value, uint32_t site);
 
 // makes a thread ready that waited at a barrier

@@ -1,6 +1,7 @@
 #include "shadow.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace emulation {
 
@@ -47,7 +48,7 @@ void Shadow::divide(Cell& cell) {
 void Shadow::unite(Cell& cell) {
   auto* parts = cell.quarters;
   for (const Cell& part : *parts) {
-    if (part.readers.lanes || part.other_readers) return;
+    if (part.quarters || part.readers.lanes || part.other_readers) return;
   }
   cell = parts->front();
   free_quarters.push_back(parts);
@@ -74,6 +75,18 @@ std::vector<Readers>& Shadow::more_readers(Cell& cell) {
   return reader_lists[cell.more_readers - 1];
 }
 
+void Shadow::drop_empty_readers(Cell& cell) {
+  if (cell.more_readers) {
+    std::vector<Readers>& list = reader_lists[cell.more_readers - 1];
+    std::erase_if(list, [](const Readers& readers) { return !readers.lanes; });
+    if (!cell.readers.lanes && !list.empty()) {
+      cell.readers = list.back();
+      list.pop_back();
+    }
+    if (list.empty()) free_reader_lists.push_back(std::exchange(cell.more_readers, 0));
+  }
+}
+
 void Shadow::forget_readers(Cell& cell) {
   if (cell.more_readers) {
     reader_lists[cell.more_readers - 1].clear();
@@ -85,7 +98,9 @@ void Shadow::forget_readers(Cell& cell) {
 }
 
 void Shadow::add(uint32_t& other_readers, const OtherReader& reader) {
-  const OtherReaders list = {other_readers, reader};
+  Strength weakest = reader.strength;
+  if (other_readers) weakest = std::min(weakest, other_reader_lists[other_readers - 1].weakest);
+  const OtherReaders list = {other_readers, reader, weakest};
   // neighbouring cells have been read alike
   if (other_reader_lists.empty() || other_reader_lists[latest_list - 1] != list) {
     const auto [found, is_new] = other_reader_indices.try_emplace(list, 0);
@@ -103,15 +118,17 @@ void Shadow::hand_on_readers(Cell& cell, uint32_t first_block) {
   // what read before them is of earlier launches too
   uint32_t others = block < first_block ? 0 : cell.other_readers;
   if (block >= first_block) {
-    // of each strength the first
-    uint32_t epochs[3] = {~0u, ~0u, ~0u};
+    // of each kind the first
+    constexpr uint32_t kStrengths = uint32_t(Strength::kDevice) + 1;
+    std::array<uint32_t, 2 * kStrengths> epochs;
+    epochs.fill(~0u);
     for_each_readers(cell, [&](const Readers& readers) {
-      uint32_t& epoch = epochs[uint32_t(readers.strength)];
+      uint32_t& epoch = epochs[readers.wrote * kStrengths + uint32_t(readers.strength)];
       epoch = std::min(epoch, readers.warp.epoch());
     });
-    for (uint32_t strength = 0; strength < 3; ++strength) {
-      if (epochs[strength] == ~0u) continue;
-      add(others, {block, epochs[strength], Strength(strength)});
+    for (uint32_t kind = 0; kind < epochs.size(); ++kind) {
+      if (epochs[kind] == ~0u) continue;
+      add(others, {block, epochs[kind], Strength(kind % kStrengths), kind >= kStrengths});
     }
   }
   forget_readers(cell);

@@ -22,6 +22,8 @@ enum ByteState : uint8_t {
   kFloatSum = 16,
   // the last write was strong to its block's threads only
   kBlockScope = 32,
+  // the last write was an atomic operation, which observes the strong writes before it
+  kReadModifyWrite = 64,
 };
 
 // thread and epoch, or warp and epoch; bit fields, written apart and compared together, were slow
@@ -37,20 +39,24 @@ struct Stamp {
   bool operator==(const Stamp&) const = default;
 };
 
-// for whom an access is atomic or volatile: nobody, its block's threads, all threads
-enum class Strength : uint32_t { kPlain, kBlock, kDevice };
+// for whom an access is atomic or volatile: nobody, its block's threads, all threads; a read-only
+// load is weaker than all, as it may meet no write of its launch even in order
+enum class Strength : uint32_t { kReadOnly, kPlain, kBlock, kDevice };
 
-// the lanes of a warp that read in one epoch
+// the lanes of a warp that read in one epoch, or that wrote strongly, so that others' strong writes
+// could come after theirs without order
 struct Readers {
   Stamp warp;
   uint32_t lanes;
   Strength strength;
+  bool wrote;
 };
 
-// a block that read before the cell's readers did, and the first epoch in which it did
+// a block that did so before the cell's readers did, and the first epoch in which it did
 struct OtherReader {
   uint32_t block, epoch;
   Strength strength;
+  bool wrote;
   auto operator<=>(const OtherReader&) const = default;
 };
 
@@ -59,6 +65,7 @@ struct OtherReaders {
   // an index, 0 for the empty list
   uint32_t before;
   OtherReader last;
+  Strength weakest;
   auto operator<=>(const OtherReaders&) const = default;
 };
 
@@ -101,17 +108,19 @@ struct Shadow {
   // the smallest that has the byte
   const Cell& cell_at(size_t offset) const;
   std::vector<Readers>& more_readers(Cell& cell);
+  // those without lanes
+  void drop_empty_readers(Cell& cell);
   void forget_readers(Cell& cell);
   void add(uint32_t& other_readers, const OtherReader& reader);
   // the readers become other blocks' of which the first in this launch is `first_block`
   void hand_on_readers(Cell& cell, uint32_t first_block);
 
-  // visit(Readers) of the block that read last
+  // visit(Readers&) of the block that read last
   template <typename Visit>
-  void for_each_readers(const Cell& cell, Visit&& visit) const {
+  void for_each_readers(Cell& cell, Visit&& visit) {
     if (cell.readers.lanes) visit(cell.readers);
     if (!cell.more_readers) return;
-    for (const Readers& readers : reader_lists[cell.more_readers - 1]) visit(readers);
+    for (Readers& readers : reader_lists[cell.more_readers - 1]) visit(readers);
   }
 
   // visit(OtherReader) from `first_block` on, the last first

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "clock.h"
@@ -46,6 +47,7 @@ struct RedZone {
 // what a translated kernel's library exports
 struct Module {
   const char* name;
+  const char* target;
   void (*run)(Thread& thread, const char* parameters);
   const Site* sites;
   uint32_t site_count;
@@ -53,8 +55,8 @@ struct Module {
   uint32_t block_count;
   const Variable* variables;
   uint32_t variable_count;
-  // without what red zones add
-  uint32_t static_shared_bytes;
+  // without what red zones add, and what a block of the target may have at most with dynamic memory
+  uint32_t static_shared_bytes, most_shared_bytes;
   const RedZone* red_zones;
   uint32_t red_zone_count, red_zone_bytes;
   uint32_t stack_bytes;
@@ -104,8 +106,8 @@ struct Thread {
   Collective collective;
   uint32_t site;
   uint32_t barrier;
-  // of the bar.arrive that it executed, how many, a hash of which, and the last one's site
-  uint32_t arrivals, arrival_hash, last_arrival;
+  // whether all lanes of its warp must wait there together
+  bool aligned;
 
   uint32_t epoch;
   // the times of `clock`, or null
@@ -121,8 +123,8 @@ struct Thread {
   std::vector<size_t> group_ends;
   std::vector<LocalMemory> local;
 
-  // the last load that may be a spin's, and how often it gave the same
-  uint64_t spin_address, spin_value;
+  // what loads that may be a spin's saw last, by address, and how many have seen nothing new since
+  std::unordered_map<uint64_t, uint64_t> seen;
   uint32_t spins;
 };
 
@@ -146,11 +148,10 @@ struct Warp {
 struct Barrier {
   uint32_t expected, arrived, set, site;
   // what threads found that waited, and those who wait
-  uint32_t last_arrived, last_set;
+  uint32_t last_waiting, last_set;
   std::vector<Thread*> waiting;
   // of those who arrived without waiting
   std::unique_ptr<Clock> contributed;
-  std::vector<uint32_t> arrived_threads;
 };
 
 struct Block {
@@ -164,6 +165,8 @@ struct Block {
   uint32_t exited;
   // collectives, barriers and exits: what tells a spin from progress
   uint64_t progress;
+  // of threads that spin, since there was progress
+  uint32_t fruitless_yields;
 };
 
 }  // namespace emulation

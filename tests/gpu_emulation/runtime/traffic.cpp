@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "scheduler.h"
+
 namespace emulation {
 
 namespace {
@@ -9,6 +11,9 @@ namespace {
 constexpr uint32_t kBanks = 32;
 constexpr uint32_t kBankBytes = 4;
 constexpr uint32_t kSectorBytes = 32;
+
+// after so many of a site, a lane lets the others go on
+constexpr uint32_t kMostRequests = 1024;
 
 struct Request {
   uint32_t lanes, bytes;
@@ -77,11 +82,14 @@ void count_global(Traffic& total, const Request& request) {
 
 }  // namespace
 
-void note_traffic(const Thread& thread, uint32_t site, uint64_t address, uint32_t bytes,
-                  bool is_shared, bool is_write) {
+void note_traffic(Thread& thread, uint32_t site, uint64_t address, uint32_t bytes, bool is_shared,
+                  bool is_write) {
   totals[site].is_shared = is_shared;
   totals[site].is_write = is_write;
   Pending& at_site = pending[site];
+  const uint32_t ahead = at_site.count[thread.lane];
+  // the other lanes catch up, and once they have, all requests are counted
+  if (ahead && ahead % kMostRequests == 0) yield(thread, site);
   if (at_site.requests.empty()) touched.push_back(site);
   const uint32_t number = at_site.count[thread.lane]++;
   if (number == at_site.requests.size()) at_site.requests.emplace_back();

@@ -14,8 +14,9 @@ struct Traffic {
   uint64_t requests, passes, ideal;
 };
 
-void note_traffic(const Thread& thread, uint32_t site, uint64_t address, uint32_t bytes,
-                  bool is_shared, bool is_write);
+// comes before the access, as other lanes may run first
+void note_traffic(Thread& thread, uint32_t site, uint64_t address, uint32_t bytes, bool is_shared,
+                  bool is_write);
 // one request of a warp, as of ldmatrix, whose rows of 16 bytes are served eight at a time
 void note_rows(uint32_t site, const uint64_t* rows, uint32_t count, bool is_write);
 // counts what a warp's lanes accessed since they last met
