@@ -97,9 +97,7 @@ def attention_with_lse(
     """
     backend = check_name(backend)
     call = (q, k, v, layout, position, scale, softcap, sink, key_mask, q_pos, k_pos, dropout)
-    # nested tensors have no sizes to look a plan up by
-    nested = any(getattr(t, "is_nested", False) for t in (q, k, v))
-    if not nested and (found := plan.attention(make_problem, call, backend)) is not None:
+    if (found := plan.attention(make_problem, call, backend)) is not None:
         return found
     return ops.attention(make_problem(*call), backend)
 

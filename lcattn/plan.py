@@ -100,7 +100,14 @@ def _are_plain(qkv: tuple[Tensor, ...], tables: Sequence[Tensor]) -> bool:
     if not is_unwatched(tensors) or torch.is_autocast_enabled("cpu"):
         return False
     q = qkv[0]
-    if q.dim() != 4 or q.dtype not in KERNEL_DTYPES or q.shape[2] > DECODE_QUERIES or q.shape[3] > MAX_HEAD_DIM:
+    # nested tensors have no sizes to look a plan up by
+    if (
+        any(t.is_nested for t in qkv)
+        or q.dim() != 4
+        or q.dtype not in KERNEL_DTYPES
+        or q.shape[2] > DECODE_QUERIES
+        or q.shape[3] > MAX_HEAD_DIM
+    ):
         return False
     grad = torch.is_grad_enabled()
     for t in tensors:

@@ -31,7 +31,7 @@ from ..layout import (
     Window,
 )
 from ..layout.base import register, set_fields
-from ..layout.data import reads_batch_and_head
+from ..layout.data import HIDDEN, reads_batch_and_head
 from ..lowering import Region, lower
 from ..position import Position
 
@@ -445,9 +445,6 @@ class MaskFunction(Layout):
 # masks given by their values, with the version of the tensor that was read
 _by_value: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-# what a float mask adds to hide a key: at or below this no weight is left in float32
-_HIDDEN = -1e4
-
 
 def _from_values(values: Tensor, T: int, S: int) -> Mask:
     """The mask that a [B or 1, H or 1, T or 1, S] tensor gives: True or 0 sees, False or -inf does not."""
@@ -462,7 +459,7 @@ def _from_values(values: Tensor, T: int, S: int) -> Mask:
     seen = values.data
     if values.dtype != torch.bool:
         seen = values == 0
-        if values.requires_grad or not bool((seen | (values <= _HIDDEN)).all()):
+        if values.requires_grad or not bool((seen | (values <= HIDDEN)).all()):
             raise ValueError(
                 "attention_mask: a float mask must hold 0 where a key is seen and -inf (or at most -1e4)"
                 " where not; for a bias on scores: lcattn.hf.use(model, layout, lcattn.RelativeBias(...))"
