@@ -270,18 +270,24 @@ def _leave_turning(
     model: Any, rotaries: dict[str, Any], undo: list[Any], position_ids: PositionIds
 ) -> dict[nn.Module, Rotary]:
     """Makes the model's own rotaries turn nothing; the modules left to be turned in halves, and by what."""
-    modules = [m for m in self_attentions(model) if _counts_tokens(m) and getattr(m, "use_rope", True)]
-    turned = {module: Rotary(rope_parameters=_parameters(module)) for module in modules}
+    modules = self_attentions(model)
+    turned = {
+        module: Rotary(rope_parameters=_parameters(module))
+        for module in modules
+        if _counts_tokens(module) and getattr(module, "use_rope", True)
+    }
     # no longer than the model knows: frequencies that depend on the length stay as they are
     text = _ShortText(model, modules, min(64, *(trained_length(rotary.config) for rotary in rotaries.values())))
     before = text.read()
     for rotary in rotaries.values():
         undo.append(rotary.register_forward_hook(functools.partial(_hand_on, position_ids), with_kwargs=True))
     after = text.read()
-    other = [m for m, heard in before.items() if _error(heard, after[m], turned[m]) > _TURNED_ALIKE]
+    other = [m for m in before if m not in turned or _error(before[m], after[m], turned[m]) > _TURNED_ALIKE]
     for module in other:
         if torch.equal(before[module].q, after[module].q):
-            del turned[module]
+            turned.pop(module, None)
+        elif module not in turned:
+            raise ValueError(f"model: {type(module).__name__} is turned, but no config of its own says by what")
         else:
             undo.extend(_pairs_to_halves(module, after[module].q.shape[3], turned[module]))
     again = text.read() if other else {}
