@@ -231,11 +231,11 @@ def report(results: Iterable[Result]) -> str:
         "bound /",
     )
     lines = [table(header, rows), "", f"warp instructions of `least` for {SCORES:,} scores, by class:"]
-    for (name, number), result in found.items():
+    for result in found.values():
         for index, loop in enumerate(result.figures.loops):
             which = f", loop {index}" if len(result.figures.loops) > 1 else ""
             classes = ", ".join(f"{kind} {count:.0f}" for kind, count in loop.instructions.items())
-            lines.append(f"{name}, {result.architecture}{which}: {classes}")
+            lines.append(f"{result.kernel}, {result.architecture}{which}: {classes}")
     lines.append("")
     lines += [
         f"least, whole: warp instructions for {SCORES:,} scores, on the shortest way around the loop and of all of it",
