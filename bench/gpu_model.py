@@ -44,6 +44,7 @@ class LoopFigures:
         bound: cycles in which a multiprocessor can run `least`.
         pipe: what sets the bound; `issue` is the schedulers, one instruction a clock each.
         cycles: that each pipe takes.
+        instructions: those of `least` by their class, the most first.
     """
 
     least: float
@@ -51,6 +52,7 @@ class LoopFigures:
     bound: float
     pipe: str
     cycles: dict[str, float]
+    instructions: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def loop_figures(number: int, kernel: Kernel, compiled: Compiled, loop: Loop) ->
         cycles[pipe],
         pipe,
         cycles,
+        {name: round(count * warps / scores, 2) for name, count in by_class(loop.least).most_common()},
     )
 
 
@@ -204,17 +207,19 @@ def report(results: Iterable[Result]) -> str:
                 f"{name}, {result.architecture}",
                 str(own.registers),
                 str(own.spills),
+                str(own.stack),
                 f"{own.shared_bytes / 1024:.1f}",
                 f"{own.blocks_per_multiprocessor} ({own.limit})",
                 f"{own.warps_per_multiprocessor}",
             )
             tensor = f"{loop.cycles['tensor']:.0f}" if "tensor" in loop.cycles else "no rate"
             loop_columns = (f"{loop.least:.0f}", f"{loop.whole:.0f}", tensor, f"{loop.bound:.0f} ({loop.pipe})")
-            rows.append((*(kernel_columns if index == 0 else [""] * 6), *loop_columns, *ratios))
+            rows.append((*(kernel_columns if index == 0 else [""] * len(kernel_columns)), *loop_columns, *ratios))
     header = (
         "kernel",
         "regs",
         "spills",
+        "stack",
         "KiB",
         "blocks",
         "warps",
@@ -225,7 +230,13 @@ def report(results: Iterable[Result]) -> str:
         "least /",
         "bound /",
     )
-    lines = [table(header, rows), ""]
+    lines = [table(header, rows), "", f"warp instructions of `least` for {SCORES:,} scores, by class:"]
+    for result in found.values():
+        for index, loop in enumerate(result.figures.loops):
+            which = f", loop {index}" if len(result.figures.loops) > 1 else ""
+            classes = ", ".join(f"{kind} {count:.0f}" for kind, count in loop.instructions.items())
+            lines.append(f"{result.kernel}, {result.architecture}{which}: {classes}")
+    lines.append("")
     lines += [
         f"least, whole: warp instructions for {SCORES:,} scores, on the shortest way around the loop and of all of it",
         f"tensor, bound: cycles of a multiprocessor for {SCORES:,} scores, the least possible, and what sets it",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -247,13 +248,21 @@ def test_the_table_is_read_as_written_and_forgets_kernels_that_are_no_more(tmp_p
     assert list(gpu_table.merged(table, [], KERNELS)["nvcc 13.0.88"]) == ["cuda bf16 d64"]
 
 
+LOOP = LoopFigures(400, 420, 130, "tensor", {"tensor": 130}, {"fp32": 300, "tensor": 100})
 RESULT = Result(
     "cuda bf16 d64",
     80,
     "nvcc 13.0.88",
-    Figures(150, 0, 0, 32768, 3, 12, "registers", (LoopFigures(400, 420, 130, "tensor", {"tensor": 130}),)),
+    Figures(150, 0, 24, 32768, 3, 12, "registers", (LOOP,)),
     {},
 )
+
+
+def test_the_report_has_the_stack_and_the_instructions_of_each_class() -> None:
+    header, _, row, _, title, classes, *_ = gpu_model.report([RESULT]).split("\n")
+    cells = dict(zip(re.split(r"  +", header), re.split(r"  +", row), strict=False))
+    assert (cells["spills"], cells["stack"], cells["bound"]) == ("0", "24", "130 (tensor)")
+    assert "1,024 scores, by class" in title and classes == "cuda bf16 d64, sm_80: fp32 300, tensor 100"
 
 
 def test_check_fails_and_write_mends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
