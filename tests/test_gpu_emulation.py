@@ -17,6 +17,7 @@ import torch
 
 from tests.conftest import SEED
 from tests.gpu_emulation import EmulationError, Memory, build, emulate
+from tests.gpu_emulation.emulate import Order
 from tests.gpu_emulation.instruction_cases import signed
 from tests.gpu_emulation.warp_cases import HEADER
 
@@ -90,7 +91,7 @@ def test_atomics() -> None:
     assert sorted(tickets.tolist()) == list(range(64))
 
 
-def _fault(number: int, order: str | int = "forward", check: bool = True) -> torch.Tensor:
+def _fault(number: int, order: Order = "forward", check: bool = True) -> torch.Tensor:
     with Memory() as memory:
         data, flag = memory.empty((128,), torch.int32), memory.copy(torch.zeros(1, dtype=torch.int32))
         emulate(_kernel("faults"), "faults", (2, 1, 1), (64, 1, 1), 16, [number, data, flag], order=order, check=check)
@@ -125,7 +126,7 @@ def test_faults(number: int) -> None:
 
 @pytest.mark.parametrize("number", [0, 3, 10])
 @pytest.mark.parametrize("order", ["forward", "reverse", 1, 2])
-def test_faultless(number: int, order: str | int) -> None:
+def test_faultless(number: int, order: Order) -> None:
     """Among them the last of two blocks reading what the other wrote, ordered by fences, or by the atomic operation."""
     data = _fault(number, order)
     assert (data % 1000 < 128).all() and (data >= 0).all()
@@ -219,7 +220,7 @@ def test_a_write_after_atomic_operations_of_other_blocks() -> None:
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", 1])
-def test_an_atomic_operation_hides_no_other(order: str | int) -> None:
+def test_an_atomic_operation_hides_no_other(order: Order) -> None:
     def last_of_four(fence: str, last: str) -> None:
         """`last` is done by the block that counts last."""
         count = f"ld.param.u64 %w, [p]; {ADD} {fence} {COUNT} setp.ne.u32 %q, %b, 3; @%q ret; {fence} {last}"
@@ -234,7 +235,7 @@ def test_an_atomic_operation_hides_no_other(order: str | int) -> None:
 
 @pytest.mark.parametrize("order", ["forward", "reverse", 1, 2])
 @pytest.mark.parametrize("written", [0, 4])
-def test_a_wide_strong_store_keeps_the_readers_of_bytes(order: str | int, written: int) -> None:
+def test_a_wide_strong_store_keeps_the_readers_of_bytes(order: Order, written: int) -> None:
     # thread 40 reads byte 1 and thread 0 writes
     statement = f""".shared .align 16 .b8 words[16]; .reg .b32 %c;
         mov.u32 %a, %tid.x; mov.u32 %b, words; shl.b32 %a, %a, 2;
@@ -255,7 +256,7 @@ def test_a_write_after_a_read_only_load() -> None:
 
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("order", ["forward", "reverse", 1])
-def test_a_spin_over_two_addresses(order: str | int, check: bool) -> None:
+def test_a_spin_over_two_addresses(order: Order, check: bool) -> None:
     def wait_for(sum_: int) -> None:
         """Thread 0 waits for what threads 32 and 64 write, each to a word of its own."""
         statement = f""".reg .b32 %c; mov.u32 %a, %tid.x; ld.param.u64 %w, [p]; mov.u32 %b, 1;
@@ -272,7 +273,7 @@ def test_a_spin_over_two_addresses(order: str | int, check: bool) -> None:
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", 1])
-def test_requests_of_a_long_loop_stay_those_of_warps(order: str | int) -> None:
+def test_requests_of_a_long_loop_stay_those_of_warps(order: Order) -> None:
     loop = """ld.param.u64 %w, [p]; ld.param.s32 %a, [n]; again: ld.global.u32 %b, [%w];
         sub.u32 %a, %a, 1; setp.ne.u32 %q, %a, 0; @%q bra again;"""
     counts = emulate(_one(loop), "one", (1, 1, 1), (64, 1, 1), args=[torch.zeros(1), 5000], order=order)
@@ -281,7 +282,7 @@ def test_requests_of_a_long_loop_stay_those_of_warps(order: str | int) -> None:
 
 @pytest.mark.parametrize("threads", [40, 64])
 @pytest.mark.parametrize("order", ["forward", "reverse", 1])
-def test_barriers_count_warps(order: str | int, threads: int) -> None:
+def test_barriers_count_warps(order: Order, threads: int) -> None:
     """The lanes that a block's last warp lacks have arrived with it."""
     statement = """.shared .align 4 .b8 word[4];
         mov.u32 %a, %tid.x; setp.eq.u32 %q, %a, 0; @%q st.shared.u32 [word], %a;
@@ -296,7 +297,7 @@ def test_barriers_count_warps(order: str | int, threads: int) -> None:
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", 1])
-def test_lanes_may_wait_apart_unless_aligned(order: str | int) -> None:
+def test_lanes_may_wait_apart_unless_aligned(order: Order) -> None:
     def halves(sync: str, arrive: str) -> None:
         """Odd and even lanes of the first warp wait at two instructions for the second warp, which arrives."""
         statement = f"""mov.u32 %a, %tid.x; setp.ge.u32 %q, %a, 32; @%q bra second; and.b32 %a, %a, 1;

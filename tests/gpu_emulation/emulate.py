@@ -324,8 +324,8 @@ def emulate(
     with _lock, Memory() as memory:
         try:
             parameters, copies = _arguments(compiled, args, memory)
-        except EmulationError as error:
-            raise EmulationError(f"{kernel_name}: {error}") from None
+        except EmulationError as unfit:
+            raise EmulationError(f"{kernel_name}: {unfit}") from None
         library = runtime_library()
         dimensions = [(ctypes.c_uint32 * 3)(*size) for size in (grid, block)]
         begin = time.perf_counter()
