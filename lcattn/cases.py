@@ -373,7 +373,7 @@ SHAPES: tuple[Shape, ...] = (
 
 # drawn besides for the CPU: heads that share keys, and more of these than its kernels keep at hand; so many heads that
 # decoding takes those of a kv head in turns
-CPU_SHAPES: tuple[Shape, ...] = (*SHAPES, Shape(4, 4, 2, 70, 530, 128), Shape(1, 22, 2, 3, 200, 24))
+CPU_SHAPES: tuple[Shape, ...] = (*SHAPES, Shape(3, 6, 3, 70, 530, 128), Shape(1, 22, 2, 3, 200, 24))
 
 
 def make(

@@ -118,8 +118,11 @@ def scores(problem: Problem) -> list[Tensor]:
     return result
 
 
-def weights(problem: Problem) -> tuple[list[Tensor], Tensor]:
-    """Softmax weights of each phase, [B, H, T, S], before dropout, and lse [B, H, T] (float32 at least)."""
+def weights(problem: Problem, by_lse: bool = False) -> tuple[list[Tensor], Tensor]:
+    """Softmax weights of each phase, [B, H, T, S], before dropout, and lse [B, H, T] (float32 at least).
+
+    `by_lse` rounds them as p = 2^(score - lse) does, in units of log2 and even from an lse without error.
+    """
     B, H, _, T, S, _ = problem.sizes
     seen = torch.cat(visible(problem), 3)
     score = torch.cat(scores(problem), 3)
@@ -133,8 +136,13 @@ def weights(problem: Problem) -> tuple[list[Tensor], Tensor]:
         score = torch.cat([score, sink], 3)
     lse = torch.logsumexp(score if score.dtype == torch.float64 else score.float(), 3)
     lse = torch.where(some[..., 0], lse, -math.inf)
-    p = torch.softmax(score, 3)[..., : seen.shape[3]] * seen
-    return list(p.split(S, 3)), lse
+    if by_lse:
+        exact = score.double()
+        exponent = (exact - exact.logsumexp(3, keepdim=True)) * math.log2(math.e)
+        p = torch.exp2(exponent.to(lse.dtype)).to(score.dtype)
+    else:
+        p = torch.softmax(score, 3)
+    return list((p[..., : seen.shape[3]] * seen).split(S, 3)), lse
 
 
 # keys a tile, on every backend
@@ -186,15 +194,15 @@ def recomputed_gradients(
     delta_i = sum_d dout_i out_i - dlse_i;  ds_ij = p_ij (drop'(dout_i . v_j) - delta_i);  dsink = -sum p_sink delta.
 
     In a narrow dtype they round where any such kernel must: out once, and both sides of the difference in ds, which
-    cancel where a row sees one key. `rounding` draws which way out rounds, and how it is summed; None takes it as it
-    comes.
+    cancel where a row sees one key. `rounding` draws which way out rounds, and how it is summed, and p is recomputed
+    from lse; None takes both as they come.
 
     Source: Dao 2023 (FlashAttention-2), algorithm 2.
     """
     B, H, G, T, S, _ = problem.sizes
     with torch.no_grad():
         out, lse = attention(problem, rounding)
-        phases, _ = weights(problem)
+        phases, _ = weights(problem, by_lse=rounding is not None)
         if rounding is not None:
             half = torch.finfo(out.dtype).eps / 2
             either_way = 1 + half * (2 * torch.rand(out.shape, generator=rounding, dtype=torch.float64) - 1)

@@ -27,7 +27,7 @@ BUILT = ROOT / "build" / "native" / str(sysconfig.get_config_var("SOABI"))
 SQUARE = Shape(1, 4, 2, 200, 200, 32)
 MORE_KEYS = Shape(2, 3, 1, 65, 190, 20)
 # heads that share keys, and more of these than are kept at hand
-GROUPED = Shape(4, 4, 2, 70, 530, 128)
+GROUPED = Shape(3, 6, 3, 70, 530, 128)
 # one sequence, which two threads share in the backward
 SHARED = Shape(1, 1, 1, 193, 257, 80)
 # so many key blocks that two threads share a row of them
