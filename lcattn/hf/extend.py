@@ -92,10 +92,12 @@ def extend(model: Any, to: int, method: str = "dual_chunk", layout: Layout | Non
         for module in self_attentions(model):
             position: tuple[Turning, ...] = ()
             if make is not None and module in turned:
-                own = turned[module]
+                own: Turning = turned[module]
                 if not _slides(module):
-                    own = replace(own, attention_factor=sharper)
-                position = (own if _slides(module) else make(own, not getattr(module, "is_causal", True)),)
+                    own = make(
+                        replace(turned[module], attention_factor=sharper), not getattr(module, "is_causal", True)
+                    )
+                position = (own,)
             module.__dict__["_lcattn"] = Conversion(
                 layout, position, tuned_prefix(model), position_ids if position else None
             )
