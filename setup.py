@@ -127,9 +127,9 @@ def ninja_file(folder: Path, torch: Torch, version: str) -> str:
     common = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra"
     if SANITIZE:
         common = f"{common} {sanitize} -O1"
+    python = [f"-isystem {include}", f"-I{sysconfig.get_path('include')}"]
     bindings = [
-        f"-isystem {include}",
-        f"-I{sysconfig.get_path('include')}",
+        *python,
         f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000",
         f'-DLCATTN_VERSION=\\"{version}\\"',
         f'-DLCATTN_TORCH_TARGET=\\"{TORCH_TARGET[0]}.{TORCH_TARGET[1]}\\"',
@@ -187,6 +187,7 @@ def ninja_file(folder: Path, torch: Torch, version: str) -> str:
         link += f" {cuda_link_flags(nvcc)}"
 
     objects.append(compile_cxx(ROOT / "csrc/bindings.cpp", "bindings.o", " ".join(bindings)))
+    objects.append(compile_cxx(ROOT / "csrc/plans.cpp", "plans.o", " ".join(python)))
     lines += [f"build _C.so: link {' '.join(objects)}", f"  flags = {link}", "default _C.so", ""]
     assert not any(" " in str(path) for path in (ROOT, torch.root, folder)), "no spaces in paths, please"
     return "\n".join(lines)

@@ -23,6 +23,7 @@
 
 #include "cpu/kernels.h"
 #include "cuda/launch.h"
+#include "plans.h"
 
 namespace lcattn {
 namespace {
@@ -402,21 +403,7 @@ void cpu_forward_plan(StableIValue* stack, uint64_t, uint64_t) {
   std::memcpy(data<char>(plan), &p, sizeof p);
 }
 
-// The addresses of a plan, and of tensors that must be shaped and laid out as those that it was
-// made of; bias and sink 0 where it has none.
-void run_cpu_plan(uintptr_t plan, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t bias,
-                  uintptr_t sink, uintptr_t out, uintptr_t lse) {
-  Problem p;
-  std::memcpy(&p, reinterpret_cast<const void*>(plan), sizeof p);
-  p.q[0].data = reinterpret_cast<void*>(q);
-  p.k[0].data = reinterpret_cast<void*>(k);
-  p.v[0].data = reinterpret_cast<void*>(v);
-  p.bias.data = reinterpret_cast<const float*>(bias);
-  p.sink = reinterpret_cast<const float*>(sink);
-  p.out.data = reinterpret_cast<void*>(out);
-  p.lse = reinterpret_cast<float*>(lse);
-  selected.load()->forward(p, torch_threads());
-}
+void forward_now(const Problem& p) { selected.load()->forward(p, torch_threads()); }
 
 void cpu_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack);
@@ -612,7 +599,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", cpu_isas);
   m.def("cpu_isa", [] { return selected.load()->isa; });
   m.def("set_cpu_isa", set_cpu_isa, pybind11::arg("name"));
-  m.def("run_cpu_plan", run_cpu_plan, pybind11::call_guard<pybind11::gil_scoped_release>());
+  define_plans(m, forward_now);
   m.attr("cpu_plan_bytes") = sizeof(Problem);
   m.attr("cuda_plan_bytes") = kCudaPlanBytes;
   m.def("poison_scratch", [](bool on) { cpu::poison_scratch = on; }, pybind11::arg("on"));

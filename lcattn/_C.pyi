@@ -3,7 +3,10 @@
 Importing it registers the operators. import torch comes first: the extension links against a library that torch loads.
 """
 
+from collections.abc import Callable
 from typing import TypedDict
+
+from torch import Tensor
 
 class BuildInfo(TypedDict):
     version: str
@@ -20,12 +23,38 @@ cuda_plan_bytes: int
 cpu_plan_bytes: int
 """Size of what lcattn::cpu_forward_plan writes: the `Problem` of csrc/common/problem.h."""
 
-def run_cpu_plan(plan: int, q: int, k: int, v: int, bias: int, sink: int, out: int, lse: int) -> None:
-    """Runs a plan on the tensors at these addresses; bias and sink are 0 where the plan has none. Nothing is checked.
+def are_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink: Tensor | None, grad: bool) -> bool:
+    """Whether each is a Tensor or a Parameter on the CPU, no lazy view, and, if grad, requires no gradient."""
 
-    The plan must have been written by lcattn::cpu_forward_plan, what it points to must still live, and the tensors must
-    have the shapes, strides and dtypes of those that it was made of.
-    """
+class CpuPlans:
+    """Repeated forwards of one layout, scale, softcap and first offset of the bias, the last used one first."""
+
+    def __init__(self, most: int) -> None:
+        """Holds so many plans."""
+
+    def __len__(self) -> int: ...
+    def add(
+        self, problem: int, kept: object, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink: Tensor | None
+    ) -> None:
+        """Adds the plan at this address, written by lcattn::cpu_forward_plan for these tensors, all plain.
+
+        kept holds the memory that the plan points to, but for these tensors.
+        """
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        sink: Tensor | None,
+        grad: bool,
+        new_lse: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """out, and lse if new_lse makes room for it from q, by the plan whose tensors lie as these do.
+
+        None if there is no such plan, or they are not plain.
+        """
 
 def build_info() -> BuildInfo: ...
 def cpu_isas() -> list[str]:

@@ -57,21 +57,8 @@ def attention(
         ValueError, TypeError: an argument is wrong; the message names it.
         RuntimeError: no backend can compute the call.
     """
-    return attention_with_lse(
-        q,
-        k,
-        v,
-        layout=layout,
-        position=position,
-        scale=scale,
-        softcap=softcap,
-        sink=sink,
-        key_mask=key_mask,
-        q_pos=q_pos,
-        k_pos=k_pos,
-        dropout=dropout,
-        backend=backend,
-    )[0]
+    call = (q, k, v, layout, position, scale, softcap, sink, key_mask, q_pos, k_pos, dropout)
+    return _attention(call, backend, with_lse=False)[0]
 
 
 def attention_with_lse(
@@ -95,9 +82,13 @@ def attention_with_lse(
     lse_i = log(exp(sink) + sum_j exp(score_ij)), natural, differentiable; -inf for a row that sees nothing and has no
     sink. Parts computed over disjoint keys join with `merge`.
     """
-    backend = check_name(backend)
     call = (q, k, v, layout, position, scale, softcap, sink, key_mask, q_pos, k_pos, dropout)
-    if (found := plan.attention(make_problem, call, backend)) is not None:
+    return _attention(call, backend, with_lse=True)
+
+
+def _attention(call: tuple[Any, ...], backend: str, with_lse: bool) -> tuple[Tensor, Tensor]:
+    backend = check_name(backend)
+    if (found := plan.attention(make_problem, call, backend, with_lse)) is not None:
         return found
     return ops.attention(make_problem(*call), backend)
 

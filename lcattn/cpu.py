@@ -34,8 +34,13 @@ def decodes(q: Tensor, k: Tensor) -> bool:
 
 
 def outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for out and lse, whatever the default device is."""
-    return torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
+    """Room for out and lse."""
+    return torch.empty_like(q), new_lse(q)
+
+
+def new_lse(q: Tensor) -> Tensor:
+    """Room for lse, whatever the default device is."""
+    return torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
 
 
 class CpuBackend:

@@ -1,6 +1,6 @@
 """Backends in order of preference, and why each rejects a problem.
 
-The environment variables of the project are read here and nowhere else:
+The environment variables of the project are read here and nowhere else, when lcattn is imported:
 
     LCATTN_BACKEND   the backend that "auto" means, instead of the first that accepts
     LCATTN_CPU_ISA   the instruction set of the CPU kernels: avx512, avx2 or portable, instead of the best supported
@@ -92,10 +92,14 @@ AUTOMATIC: tuple[Backend, ...] = (
 BACKENDS: dict[str, Backend] = {b.name: b for b in (*AUTOMATIC, _Reference())}
 
 
+# what "auto" means
+preferred = os.environ.get("LCATTN_BACKEND", "auto")
+
+
 def check_name(name: str) -> str:
     """The backend asked for, "auto" resolved by the environment; ValueError if there is none of that name."""
     if name == "auto":
-        name = os.environ.get("LCATTN_BACKEND", "auto")
+        name = preferred
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(['auto', *BACKENDS])}, got {name!r}")
     return name

@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import dispatch
 from .cpu import KERNEL_DTYPES, cpu_kernels_exist
@@ -50,7 +53,7 @@ def attention(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
 
 def _check_no_tangents(problem: Problem) -> None:
     # the operator would give a tangent of zero
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if is_compiling() or forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(t).tangent is not None for t in problem.differentiables()):
         raise NotImplementedError("lcattn.attention: forward-mode derivatives are not implemented")
@@ -67,10 +70,10 @@ def _is_plain_inference(problem: Problem) -> bool:
 def is_unwatched(tensors: Iterable[Tensor]) -> bool:
     """Whether no compiler, tracer, transform or mode sees what is done, and no tensor is of a subclass."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack()
+        is_compiling()
+        or _get_tracing_state()
+        or _len_torch_dispatch_stack()
+        or peek_interpreter_stack()
         or forward_ad._current_level >= 0
         or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
     )

@@ -7,113 +7,82 @@ thousand keys in eight heads: what it touches has left the processor's caches, w
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cpu import _C, DECODE_QUERIES, KERNEL_DTYPES, MAX_HEAD_DIM, outputs
+from .cpu import _C, DECODE_QUERIES, KERNEL_DTYPES, MAX_HEAD_DIM, new_lse, outputs
 from .inputs import kernel_inputs
 from .layout import Layout
 from .ops import is_unwatched
 from .position import RelativeBias
 from .problem import Problem
 
-_MAX_PLANS = 256
-_plans: OrderedDict[Hashable, Plan] = OrderedDict()
-
-
-class Plan:
-    """A forward on the CPU that runs on any tensors of the shapes, strides and dtypes that it was made of."""
-
-    def __init__(self, problem: Problem) -> None:
-        _, inputs = kernel_inputs(problem, transposed=False)
-        out, lse = outputs(problem.q[0])
-        bytes_ = torch.empty(_C.cpu_plan_bytes, dtype=torch.uint8, device="cpu")
-        torch.ops.lcattn.cpu_forward_plan(*inputs, out, lse, bytes_)
-        # it points into the table and coordinates; the rest is given anew
-        self._kept = (bytes_, inputs._replace(q=[], k=[], v=[], bias=None, sink=None))
-        self._address = bytes_.data_ptr()
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = outputs(q)
-        _C.run_cpu_plan(
-            self._address,
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if sink is None else sink.data_ptr(),
-            out.data_ptr(),
-            lse.data_ptr(),
-        )
-        return out, lse
+# of what a key of `_plans` holds, and of shapes and strides for each
+_MAX_KEYS, _MAX_PLANS = 64, 32
+_plans: dict[Hashable, Any] = {}
 
 
 def attention(
-    make_problem: Callable[..., Problem], call: tuple[Any, ...], backend: str
+    make_problem: Callable[..., Problem], call: tuple[Any, ...], backend: str, with_lse: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """out and lse of a call by its plan, which is made if there is none; None where a call can have no plan.
+    """out and lse (of no value unless with_lse) of a call by its plan, which is made if there is none.
 
     Args:
         make_problem: checks the arguments of the call and lowers them; call: these, in its order, not yet checked.
+
+    Returns:
+        None where a call can have no plan.
     """
     q, k, v, layout, position, scale, softcap, sink, key_mask, q_pos, k_pos, dropout = call
     if _C is None or backend not in ("auto", "cpu") or dropout != 0 or not isinstance(layout, Layout):
         return None
-    # tables of layouts that read indices are made for a length, those of others serve many
-    if layout.by_index or layout.by_content or key_mask is not None or q_pos is not None or k_pos is not None:
+    if key_mask is not None or q_pos is not None or k_pos is not None:
         return None
+    if not is_unwatched(()) or torch.is_autocast_enabled("cpu"):
+        return None
+    bias = first = None
     if isinstance(position, (list, tuple)) and len(position) < 2:
         position = position[0] if position else None
-    if not (position is None or type(position) is RelativeBias):
-        return None
-    bias = None if position is None else position.table
-    tables = [t for t in (bias, sink) if t is not None]
-    if not _are_plain((q, k, v), tables) or not all(x is None or isinstance(x, (int, float)) for x in (scale, softcap)):
-        return None
-    key = (
-        layout.spec,
-        *((t.shape, t.stride(), t.dtype) for t in (q, k, v)),
-        None if position is None else (position.table.shape, position.min_offset),
-        None if sink is None else sink.shape,
-        scale,
-        softcap,
-    )
-    plan = _plans.get(key)
-    if plan is None:
-        plan = Plan(make_problem(*call))
-        while len(_plans) >= _MAX_PLANS:
-            _plans.popitem(last=False)
-        _plans[key] = plan
-    _plans.move_to_end(key)
-    return plan(q, k, v, bias, sink)
-
-
-def _are_plain(qkv: tuple[Tensor, ...], tables: Sequence[Tensor]) -> bool:
-    """Whether decoding on these takes no more than their addresses: the CPU backend takes them, and none is lazy."""
-    tensors = (*qkv, *tables)
-    if not is_unwatched(tensors) or torch.is_autocast_enabled("cpu"):
-        return False
-    q = qkv[0]
-    # nested tensors have no sizes to look a plan up by
-    if (
-        any(t.is_nested for t in qkv)
-        or q.dim() != 4
-        or q.dtype not in KERNEL_DTYPES
-        or q.shape[2] > DECODE_QUERIES
-        or q.shape[3] > MAX_HEAD_DIM
-    ):
-        return False
+    if position is not None:
+        if type(position) is not RelativeBias:
+            return None
+        bias, first = position.table, position.min_offset
+    for number in (scale, softcap):
+        if not (number is None or isinstance(number, (int, float))):
+            return None
+    key = (layout.spec, first, scale, softcap)
+    tensors = (q, k, v, bias, sink)
     grad = torch.is_grad_enabled()
-    for t in tensors:
-        if not t.is_cpu or t.layout is not torch.strided or (grad and t.requires_grad):
-            return False
-        # views whose values are not those in memory
-        if t.is_neg() or t._is_zerotensor():
-            return False
-    return all(t.dtype is torch.float32 and t.is_contiguous() for t in tables)
+    lse = new_lse if with_lse else None
+    plans = _plans.get(key)
+    if plans is not None and (found := plans.run(*tensors, grad, lse)) is not None:
+        return found
+    # tables of layouts that read indices are made for a length, those of others serve many
+    if layout.by_index or layout.by_content or not (_C.are_plain(*tensors, grad) and _decodes(*tensors)):
+        return None
+    problem = make_problem(*call)
+    if plans is None:
+        plans = _C.CpuPlans(_MAX_PLANS)
+    plans.add(*_forward(problem), *tensors)
+    _plans[key] = plans
+    if len(_plans) > _MAX_KEYS:
+        # in one step, since another thread may do the same
+        _plans.pop(list(_plans)[0], None)  # noqa: RUF015
+    return plans.run(*tensors, grad, lse)
+
+
+def _decodes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink: Tensor | None) -> bool:
+    """Whether q is of few queries that the CPU backend takes, and the tables are as it takes them."""
+    few = q.dim() == 4 and q.shape[2] <= DECODE_QUERIES and q.shape[3] <= MAX_HEAD_DIM and q.dtype in KERNEL_DTYPES
+    return few and all(t is None or (t.dtype is torch.float32 and t.is_contiguous()) for t in (bias, sink))
+
+
+def _forward(problem: Problem) -> tuple[int, Any]:
+    """The address of a forward's `Problem` in C++, and what it points to, but for the tensors of a call."""
+    _, inputs = kernel_inputs(problem, transposed=False)
+    bytes_ = torch.empty(_C.cpu_plan_bytes, dtype=torch.uint8, device="cpu")
+    torch.ops.lcattn.cpu_forward_plan(*inputs, *outputs(problem.q[0]), bytes_)
+    return bytes_.data_ptr(), (bytes_, inputs._replace(q=[], k=[], v=[], bias=None, sink=None))

@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import transformers as tf
 
-from lcattn import hf, tolerance
+from lcattn import dispatch, hf, tolerance
 from lcattn.evaluate import loss, recall, sources
 from lcattn.evaluate.readings import METHODS, Reading, parse_all
 from lcattn.hf.extend import METHODS as EXTENDERS
@@ -115,7 +115,7 @@ def test_extended_readings_are_those_of_extend(text: str, attention: str, monkey
         finally:
             hf.use(model, None)
 
-    monkeypatch.setenv("LCATTN_BACKEND", "reference")
+    monkeypatch.setattr(dispatch, "preferred", "reference")
     tolerance.check({"losses": got}, in_double(model, extended), extended)
 
 

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -24,7 +24,11 @@ LAYOUTS = {
 
 @pytest.fixture(autouse=True)
 def no_plans(monkeypatch):
-    monkeypatch.setattr(plan, "_plans", OrderedDict())
+    monkeypatch.setattr(plan, "_plans", {})
+
+
+def count() -> int:
+    return sum(map(len, plan._plans.values()))
 
 
 def unplanned(call: dict) -> tuple[Tensor, Tensor]:
@@ -54,7 +58,7 @@ def test_a_repeated_call_gives_the_bits_of_one_without_a_plan(layout, T, S, dtyp
             now = call(strided) | given
             got, want = lcattn.attention_with_lse(**now), unplanned(now)
             assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(got, want, strict=True))
-            assert len(plan._plans) == n_plans
+            assert count() == n_plans
             # values may change where they lie
             table.copy_(draw.normal(4, 60))
             sink.copy_(draw.normal(4))
@@ -92,7 +96,7 @@ def test_what_may_differ_has_a_plan_of_its_own(seed):
             call = base | change
             got, want = lcattn.attention_with_lse(**call), unplanned(call)
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), change
-    assert len(plan._plans) == len(changes)
+    assert count() == len(changes)
 
 
 def test_calls_that_can_have_no_plan_have_none(seed):
@@ -126,17 +130,17 @@ def test_calls_that_can_have_no_plan_have_none(seed):
     for change in calls:
         call = {"q": q, "k": k, "v": v, "layout": lcattn.Full()} | change
         out = lcattn.attention(**call)
-        assert not plan._plans, change
+        assert not count(), change
         if not call.get("dropout"):
             want = lcattn.attention(**{**call, "backend": "reference"})
             torch.testing.assert_close(out, want, msg=str(change))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert lcattn.attention(q, k, v).dtype == torch.bfloat16
-    assert not plan._plans
+    assert not count()
     # but a gradient that nobody asks for is no hindrance
     with torch.no_grad():
         lcattn.attention(q.clone().requires_grad_(), k, v)
-    assert len(plan._plans) == 1
+    assert count() == 1
 
 
 @torch.no_grad()
@@ -161,26 +165,66 @@ def test_errors_are_those_of_any_call(seed):
         lcattn.attention(q.double(), k.double(), v.double())
     with pytest.raises(TypeError, match="q: expected a tensor"):
         lcattn.attention([1.0], k, v)
-    assert len(plan._plans) == 1
+    assert count() == 1
 
 
 @torch.no_grad()
 def test_plans_are_few_and_keep_nothing_that_is_given(seed, monkeypatch):
     monkeypatch.setattr(plan, "_MAX_PLANS", 3)
+    monkeypatch.setattr(plan, "_MAX_KEYS", 2)
+    made = []
+    monkeypatch.setattr(
+        plan, "_forward", lambda problem, make=plan._forward: made.append(problem.k[0].shape[2]) or make(problem)
+    )
     draw = Draw(seed)
-    q = draw.normal(1, 2, 1, 16)
-    lcattn.attention(q, q, q)
+    q, table = draw.normal(1, 2, 1, 16), draw.normal(2, 30)
+
+    def call(k: Tensor, first: int = -9) -> None:
+        lcattn.attention(q, k, k, position=lcattn.RelativeBias(table.clone(), first), sink=table[:, 0].clone())
+
+    call(q)
     for S in range(40, 50):
-        given = draw.normal(1, 2, S, 16), draw.normal(2, 30), draw.normal(2)
-        kept = [weakref.ref(t.untyped_storage()) for t in given]
-        kept += [weakref.ref(t) for t in given]
-        k, table, sink = given
-        lcattn.attention(q, k, k, position=lcattn.RelativeBias(table, -9), sink=sink)
-        del k, table, sink, given
+        k = draw.normal(1, 2, S, 16)
+        kept = [weakref.ref(k.untyped_storage()), weakref.ref(k)]
+        call(k)
+        del k
         gc.collect()
         assert not any(ref() is not None for ref in kept)
-        assert len(plan._plans) <= 3
+        assert count() <= 3
         # what is used stays
-        lcattn.attention(q, q, q)
-    assert len(plan._plans) == 3
-    assert any(known[1][0] == q.shape and known[2][0] == q.shape for known in plan._plans)
+        call(q)
+    assert count() == 3 and made == [1, *range(40, 50)]
+    for first in range(5):
+        call(q, first)
+        call(q, first)
+    assert len(plan._plans) == 2 and made[11:] == [1] * 5
+
+
+@torch.no_grad()
+def test_lse_is_made_only_when_asked_for(seed):
+    draw = Draw(seed)
+    q, k, v = draw.normal(1, 2, 1, 16), draw.normal(1, 2, 50, 16), draw.normal(1, 2, 50, 16)
+    out, lse = lcattn.attention_with_lse(q, k, v)
+    assert torch.equal(lcattn.attention(q, k, v), out) and count() == 1
+    again, lse_again = lcattn.attention_with_lse(q, k, v)
+    assert torch.equal(again, out) and torch.equal(lse_again, lse) and count() == 1
+
+
+@torch.no_grad()
+def test_many_threads_use_the_plans_of_one_layout(seed, monkeypatch):
+    """Plans are dropped by one thread while another runs them."""
+    monkeypatch.setattr(plan, "_MAX_PLANS", 2)
+    draw = Draw(seed)
+    calls = [(draw.normal(1, 2, 1, 16), draw.normal(1, 2, S, 16)) for S in range(100, 108)]
+    wanted = [unplanned({"q": q, "k": k, "v": k, "layout": lcattn.Causal()})[0] for q, k in calls]
+
+    def work(start: int) -> bool:
+        with torch.no_grad():
+            order = [(start * 3 + 5 * i) % len(calls) for i in range(200)]
+            return all(
+                torch.equal(lcattn.attention(calls[i][0], calls[i][1], calls[i][1], layout=lcattn.Causal()), wanted[i])
+                for i in order
+            )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))

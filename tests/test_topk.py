@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import transformers as tf
 
 import lcattn
-from lcattn import cases, hf, ops, tolerance
+from lcattn import cases, dispatch, hf, ops, tolerance
 from lcattn.api import make_problem
 from lcattn.cases import Draw, Shape
 from lcattn.layout import Layout, Not, SelectedBlocks, TopKBlocks, from_spec
@@ -452,7 +452,7 @@ def test_multihead_attention(need_weights, seed, monkeypatch):
     x = torch.randn(2, 101, 64)
 
     def run(dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
-        monkeypatch.setenv("LCATTN_BACKEND", backend)
+        monkeypatch.setattr(dispatch, "preferred", backend)
         m = copy.deepcopy(module).to(dtype)
         out, weights = m(*[x.to(dtype)] * 3, need_weights=need_weights)
         out.square().sum().backward()
@@ -503,7 +503,7 @@ def test_generate_equals_prefill(cache, padding, seed, monkeypatch):
     whole = torch.cat([seen, torch.ones(2, 20, dtype=torch.long)], 1)
 
     def prefill(model: tf.LlamaForCausalLM, dtype: torch.dtype, layout: Layout = layout) -> dict[str, Tensor]:
-        monkeypatch.setenv("LCATTN_BACKEND", "reference")
+        monkeypatch.setattr(dispatch, "preferred", "reference")
         m = hf.use(copy.deepcopy(model).to(dtype), layout)
         with torch.no_grad():
             logits = m(made.sequences, attention_mask=whole, use_cache=False).logits
