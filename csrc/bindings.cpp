@@ -67,8 +67,12 @@ void set_cpu_isa(const std::string& name) {
 void run_tasks(int64_t n, void (*task)(int64_t index, void* context), void* context) {
   const int64_t n_workers = std::min<int64_t>(n, torch::stable::get_num_threads());
   std::atomic<int64_t> next = 0;
-  const auto work = [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < n; i = next++) task(i, context);
+  const auto work = [&](int64_t first, int64_t end) {
+    if (n == n_workers) {
+      for (int64_t i = first; i < end; ++i) task(i, context);
+    } else {
+      for (int64_t i = next++; i < n; i = next++) task(i, context);
+    }
   };
   if (n_workers > 1) {
     torch::stable::parallel_for(0, n_workers, 1, work);

@@ -125,7 +125,7 @@ struct Gradients {
 };
 
 // How kernels reach threads: run task(i, context) for i in [0, n), on up to n_threads threads at
-// once.
+// once. With one task a thread or fewer, a task is the same thread's in every call.
 struct Parallel {
   int n_threads = 1;
   void (*run)(int64_t n, void (*task)(int64_t index, void* context), void* context) = nullptr;

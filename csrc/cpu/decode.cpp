@@ -331,33 +331,37 @@ class Decode {
     for (int64_t u = 0; u < n_units_; ++u) {
       n_parts += parts(count_key_blocks(p_, unit(u).table), limit);
     }
-    Scratch scratch(kCallScratch, padded<Unit>(n_units_) + padded<float>(n_parts * part_size()));
+    // threads cost more than they bring where there is little to read
+    const int64_t useful = (total + kMinPart - 1) / kMinPart;
+    int64_t n_workers = n_parts < n_threads ? n_parts : n_threads;
+    if (useful < n_workers) n_workers = useful > 0 ? useful : 1;
+    Scratch scratch(kCallScratch, padded<Unit>(n_units_) + padded<float>(n_parts * part_size()) +
+                                      padded<WorkQueue>(n_workers));
     units_ = scratch.take<Unit>(n_units_);
     parts_ = scratch.take<float>(n_parts * part_size());
-    n_parts_ = 0;
+    int64_t first_part = 0;
     for (int64_t u = 0; u < n_units_; ++u) {
       units_[u] = unit(u);
       units_[u].n_blocks = count_key_blocks(p_, units_[u].table);
-      units_[u].first_part = n_parts_;
+      units_[u].first_part = first_part;
       units_[u].n_parts = units_[u].unfinished = parts(units_[u].n_blocks, limit);
-      n_parts_ += units_[u].n_parts;
+      first_part += units_[u].n_parts;
     }
-    // threads cost more than they bring where there is little to read
-    const int64_t useful = (total + kMinPart - 1) / kMinPart;
-    int64_t n_workers = n_parts_ < n_threads ? n_parts_ : n_threads;
-    if (useful < n_workers) n_workers = useful > 0 ? useful : 1;
+    queue_ = {scratch.take<WorkQueue>(n_workers), n_workers, n_parts};
+    for (int64_t run = 0; run < n_workers; ++run) queue_.runs[run] = {};
     run_workers(parallel_, n_workers, *this);
   }
 
   // one worker
-  void operator()() {
+  void operator()(int64_t worker) {
     const FlushSubnormals flush;
     Scratch scratch(kWorkerScratch,
                     DecodeTile::scratch_bytes(p_) + padded<float>(kDecodeRows * padded_dim(p_.D)));
     DecodeTile tile(p_, scratch);
     float* merged = scratch.take<float>(kDecodeRows * padded_dim(p_.D));
     int64_t u = 0;
-    for (int64_t part; (part = queue_.take(1)) < n_parts_;) {
+    queue_.for_each(worker, [&](int64_t part) {
+      if (part < units_[u].first_part) u = 0;
       while (part >= units_[u].first_part + units_[u].n_parts) ++u;
       Unit& unit = units_[u];
       float* out = parts_ + part * part_size();
@@ -367,14 +371,14 @@ class Decode {
       for_each_key_block(
           p_, unit.table, n * unit.n_blocks / unit.n_parts, (n + 1) * unit.n_blocks / unit.n_parts,
           [&tile](int phase, int64_t k_block, int64_t mask) { tile.visit(phase, k_block, mask); });
-      if (__atomic_sub_fetch(&unit.unfinished, 1, __ATOMIC_ACQ_REL) > 0) continue;
+      if (__atomic_sub_fetch(&unit.unfinished, 1, __ATOMIC_ACQ_REL) > 0) return;
       for (int64_t h = 0; h < unit.n_heads; ++h) {
         finish_rows(
             p_, unit.b, unit.head + h, unit.query, unit.n_queries, unit.n_parts,
             [&](int64_t index) { return part_at(unit.first_part + index, h * unit.n_queries); },
             merged);
       }
-    }
+    });
   }
 
  private:
@@ -414,11 +418,11 @@ class Decode {
   const Parallel& parallel_;
   // lists of key blocks, heads of each, and how these are cut into units
   int64_t n_table_rows_, n_groups_, n_heads_, heads_at_once_, n_cuts_;
-  int64_t n_units_, n_parts_ = 0;
+  int64_t n_units_;
   bool shared_;
   Unit* units_ = nullptr;
   float* parts_ = nullptr;
-  WorkQueue queue_;
+  DealtQueue queue_ = {};
 };
 
 }  // namespace

@@ -48,12 +48,12 @@ class Forward {
     const int64_t pieces = n_parts_ + n_groups_;
     run_workers(parallel_, pieces < n_threads ? pieces : n_threads, *this);
     if (n_heavy_ == 0) return;
-    auto merge = [this] { merge_heavy(); };
+    auto merge = [this](int64_t) { merge_heavy(); };
     run_workers(parallel_, n_heavy_ < n_threads ? n_heavy_ : n_threads, merge);
   }
 
   // one worker
-  void operator()() {
+  void operator()(int64_t) {
     const FlushSubnormals flush;
     Scratch scratch(kWorkerScratch, ForwardTile::scratch_bytes(p_));
     ForwardTile tile(p_, scratch);

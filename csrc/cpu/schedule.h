@@ -56,11 +56,28 @@ struct WorkQueue {
   int64_t take(int64_t count) { return __atomic_fetch_add(&next, count, __ATOMIC_RELAXED); }
 };
 
-// worker() on every thread
+// Items [0, n_items) dealt to workers in runs, each to the same worker in every call: what it read
+// then may still be in its cache. A worker that is done with its own run helps with the next.
+struct DealtQueue {
+  WorkQueue* runs;
+  int64_t n_runs, n_items;
+
+  template <typename Visit>
+  LCATTN_INLINE void for_each(int64_t worker, const Visit& visit) {
+    for (int64_t ahead = 0; ahead < n_runs; ++ahead) {
+      const int64_t run = (worker + ahead) % n_runs;
+      const int64_t first = run * n_items / n_runs, end = (run + 1) * n_items / n_runs;
+      for (int64_t item; (item = first + runs[run].take(1)) < end;) visit(item);
+    }
+  }
+};
+
+// worker(index) on every thread
 template <typename Worker>
 void run_workers(const Parallel& parallel, int64_t n_workers, Worker& worker) {
   parallel.run(
-      n_workers, [](int64_t, void* context) { (*static_cast<Worker*>(context))(); }, &worker);
+      n_workers, [](int64_t index, void* context) { (*static_cast<Worker*>(context))(index); },
+      &worker);
 }
 
 }  // namespace lcattn::cpu::LCATTN_ISA

@@ -14,7 +14,7 @@ void turn(const Turn& t, const Parallel& parallel);
 void turn(const Turn& t, const Parallel& parallel) {
   const int64_t blocks = (t.n + kBlock - 1) / kBlock, stride = padded_dim(t.D);
   WorkQueue queue;
-  auto worker = [&] {
+  auto worker = [&](int64_t) {
     Scratch scratch(kWorkerScratch, padded<float>(kBlock * stride));
     float* rows = scratch.take<float>(kBlock * stride);
     for (int64_t piece; (piece = queue.take(1)) < t.B * blocks;) {
