@@ -45,6 +45,20 @@ MODELS: dict[str, tuple[Any, Any, str]] = {
     "llama": (tf.LlamaForCausalLM, tf.LlamaConfig(**_SMALL, num_key_value_heads=2), "sdpa"),
     "qwen3": (tf.Qwen3ForCausalLM, tf.Qwen3Config(**_SMALL, **_GQA), "sdpa"),
     "mistral": (tf.MistralForCausalLM, tf.MistralConfig(**_SMALL, **_GQA, sliding_window=24), "sdpa"),
+    # a window of 0, which is none
+    "qwen2_moe": (
+        tf.Qwen2MoeForCausalLM,
+        tf.Qwen2MoeConfig(
+            **_SMALL,
+            num_key_value_heads=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+            num_experts=2,
+            num_experts_per_tok=2,
+            experts_implementation="eager",
+        ),
+        "sdpa",
+    ),
     "modernbert": (
         tf.ModernBertForMaskedLM,
         tf.ModernBertConfig(**_SMALL, local_attention=24, cls_token_id=1, sep_token_id=2, global_attn_every_n_layers=2),
@@ -117,7 +131,7 @@ MODELS: dict[str, tuple[Any, Any, str]] = {
     "t5": (tf.T5ForConditionalGeneration, tf.T5Config(**T5), "eager"),
     "mt5": (tf.MT5ForConditionalGeneration, tf.MT5Config(**T5 | dict(feed_forward_proj="gated-gelu")), "eager"),
 }
-DECODERS = ["gpt2", "llama", "qwen3", "mistral", "gemma2", "gemma3", "phi", "gpt_neox", "gpt_oss"]
+DECODERS = ["gpt2", "llama", "qwen3", "mistral", "qwen2_moe", "gemma2", "gemma3", "phi", "gpt_neox", "gpt_oss"]
 _QUERIES = r"(\.q|query|q_proj|Wqkv|c_attn|q_attn|query_key_value)\.weight$"
 _FUSED = "Wqkv|c_attn|query_key_value"
 

@@ -34,6 +34,9 @@ def _mask_functions(ids: Tensor, pads: Tensor, positions: Tensor, documents: Ten
         "causal": mu.causal_mask_function,
         "bidirectional": mu.bidirectional_mask_function,
         "window": window,
+        "window of 0": mu.or_masks(mu.sliding_window_causal_mask_function(0), mu.blockwise_overlay(ids)),
+        "keys ahead": mu.sliding_window_overlay(0),
+        "keys far ahead": mu.sliding_window_overlay(-4),
         "two-sided window": mu.sliding_window_bidirectional_mask_function(11),
         "chunks": mu.chunked_causal_mask_function(16, pads),
         "chunks from elsewhere": mu.chunked_causal_mask_function(16, pads + 3),
@@ -181,3 +184,15 @@ def test_additive_mask_raises(value: Any, seed: int) -> None:
         mask[0, 0, 3, 4] = value
     with pytest.raises(ValueError, match="float mask must hold 0"):
         model(torch.randint(3, VOCAB, (B, T)), attention_mask=mask)
+
+
+def test_models_that_compute_with_the_values_of_their_mask(seed: int) -> None:
+    model = tf.DogeForCausalLM(
+        tf.DogeConfig(
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+        )
+    )
+    with pytest.raises(AttributeError, match="is no tensor.*asked for its 'dtype'"):
+        on(model, "lcattn")(torch.randint(3, VOCAB, (B, T)))
+    with pytest.raises(NotImplementedError, match="is no tensor.*met in add"):
+        torch.zeros(B, 4, T, T) + hf.make_mask(B, T, T)

@@ -210,7 +210,7 @@ def test_dilation_is_refused(seed: int) -> None:
 
 
 def test_bad_arguments(seed: int) -> None:
-    with pytest.raises(TypeError, match=r"expected the index \[:, 0, 0, :\]"):
+    with pytest.raises(TypeError, match=r"is no tensor.*asked for \["):
         hf.make_mask(B, T, T)[0]
     model = hf.convert(make("longt5 local"))
     layer = model.encoder.block[0].layer[0].LocalSelfAttention

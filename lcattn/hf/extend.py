@@ -192,8 +192,8 @@ def _slides(module: Any) -> bool:
     if kinds and layer is not None:
         return kinds[layer] in ("sliding_attention", "chunked_attention")
     if hasattr(module, "sliding_window"):
-        return module.sliding_window is not None
-    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+        return bool(module.sliding_window)
+    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
 
 
 def trained_length(config: Any) -> int:

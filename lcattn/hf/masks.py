@@ -28,6 +28,7 @@ from ..layout import (
     Full,
     Global,
     Layout,
+    Not,
     Window,
 )
 from ..layout.base import register, set_fields
@@ -78,6 +79,12 @@ class View:
 _BY_OFFSET = (Full, Causal, Window, Dilated)
 
 
+_NO_TENSOR = (
+    "attention mask: lcattn's tells who sees whom and is no tensor; a model that computes with the values of its mask "
+    'needs attn_implementation="eager" or "sdpa"'
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Mask:
     """Who sees whom in one forward pass, shared by its layers.
@@ -115,10 +122,18 @@ class Mask:
     def contiguous(self) -> Mask:
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{_NO_TENSOR}; asked for its {name!r}")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+        # no TypeError, which operators take for a reason to ask the other operand
+        raise NotImplementedError(f"{_NO_TENSOR}; met in {getattr(function, '__name__', function)}")
+
     def __getitem__(self, at: Any) -> Tensor:
         """What an additive mask adds to each key, [B, S] float64: Longformer reads its padding as mask[:, 0, 0, :]."""
         if at != (slice(None), 0, 0, slice(None)):
-            raise TypeError(f"{type(self).__name__}: expected the index [:, 0, 0, :], got {at}")
+            raise TypeError(f"{_NO_TENSOR}; asked for [{at}]")
         B, _, S = self.sizes
         row = torch.zeros(B, S, dtype=torch.float64, device=self.device)
         return row if self.key_mask is None else row.masked_fill(~self.key_mask, -math.inf)
@@ -315,6 +330,11 @@ def _maker(function: Callable[..., Any]) -> str | None:
     return function.__qualname__.partition(".")[0]
 
 
+def _later_than(offset: int) -> Layout:
+    """Keys whose offset is greater; configs without a window (Qwen2-MoE) say 0, and ask for its mask all the same."""
+    return Window(-offset - 1, None) if offset < 0 else Not(Window(None, offset))
+
+
 @dataclass
 class _Reader:
     """Reads layouts off transformers' mask functions; notes packed documents and windows on the way."""
@@ -341,7 +361,7 @@ class _Reader:
                 parts = [self.read(part, windows) for part in held["mask_functions"]]
                 return functools.reduce(Layout.__or__, parts)
             case "sliding_window_overlay":
-                return self._window(Window(held["sliding_window"] - 1, None), windows)
+                return self._window(_later_than(-held["sliding_window"]), windows)
             case "sliding_window_bidirectional_overlay":
                 return self._window(Window(held["sliding_window"], held["sliding_window"]), windows)
             case "chunked_overlay" if self._counts_from_first_token(held["left_padding"]):
