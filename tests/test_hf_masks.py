@@ -192,7 +192,7 @@ def test_models_that_compute_with_the_values_of_their_mask(seed: int) -> None:
             vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
         )
     )
-    with pytest.raises(AttributeError, match="is no tensor.*asked for its 'dtype'"):
+    with pytest.raises(AttributeError, match=r"is no tensor.*asked for its 'dtype'"):
         on(model, "lcattn")(torch.randint(3, VOCAB, (B, T)))
-    with pytest.raises(NotImplementedError, match="is no tensor.*met in add"):
+    with pytest.raises(NotImplementedError, match=r"is no tensor.*met in add"):
         torch.zeros(B, 4, T, T) + hf.make_mask(B, T, T)
