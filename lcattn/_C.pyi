@@ -23,9 +23,6 @@ cuda_plan_bytes: int
 cpu_plan_bytes: int
 """Size of what lcattn::cpu_forward_plan writes: the `Problem` of csrc/common/problem.h."""
 
-def are_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink: Tensor | None, grad: bool) -> bool:
-    """Whether each is a Tensor or a Parameter on the CPU, no lazy view, and, if grad, requires no gradient."""
-
 class CpuPlans:
     """Repeated forwards of one layout, scale, softcap and first offset of the bias, the last used one first."""
 
@@ -34,12 +31,26 @@ class CpuPlans:
 
     def __len__(self) -> int: ...
     def add(
-        self, problem: int, kept: object, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink: Tensor | None
+        self,
+        problem: int,
+        kept: object,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        sink: Tensor | None,
     ) -> None:
         """Adds the plan at this address, written by lcattn::cpu_forward_plan for these tensors, all plain.
 
-        kept holds the memory that the plan points to, but for these tensors.
+        kept holds the memory that the plan points to, but for these tensors. Plain is a Tensor or a Parameter on the
+        CPU that is no lazy view.
         """
+
+    @property
+    def missed_again(self) -> bool:
+        """Whether the last run found no plan, as one before it of plain tensors that lie alike."""
 
     def run(
         self,
@@ -53,7 +64,7 @@ class CpuPlans:
     ) -> tuple[Tensor, Tensor | None] | None:
         """out, and lse if new_lse makes room for it from q, by the plan whose tensors lie as these do.
 
-        None if there is no such plan, or they are not plain.
+        None if there is no such plan, or they are not plain, or if grad and one requires a gradient.
         """
 
 def build_info() -> BuildInfo: ...

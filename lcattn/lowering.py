@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -435,27 +436,32 @@ def _unique_tiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
     return tiles[first].contiguous(), renumber
 
 
-class _Cache:
+class Cache:
     """Least-recently-used tables, bounded by their bytes."""
 
     def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes, self.n_bytes = limit_bytes, 0
-        self.tables: OrderedDict[Any, BlockTable] = OrderedDict()
+        self.limit_bytes, self.n_bytes, self.n_dropped = limit_bytes, 0, 0
+        self._tables: OrderedDict[Any, BlockTable] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, key: Any, make: Callable[[], BlockTable]) -> BlockTable:
-        table = self.tables.get(key)
-        if table is not None:
-            self.tables.move_to_end(key)
-            return table
-        table = make()
-        self.tables[key] = table
-        self.n_bytes += table.nbytes
-        while self.n_bytes > self.limit_bytes and len(self.tables) > 1:
-            self.n_bytes -= self.tables.popitem(last=False)[1].nbytes
+        with self._lock:
+            if (table := self._tables.get(key)) is not None:
+                self._tables.move_to_end(key)
+                return table
+        made = make()
+        with self._lock:
+            # another thread may have made it meanwhile
+            table = self._tables.setdefault(key, made)
+            if table is made:
+                self.n_bytes += table.nbytes
+            while self.n_bytes > self.limit_bytes and len(self._tables) > 1:
+                self.n_bytes -= self._tables.popitem(last=False)[1].nbytes
+                self.n_dropped += 1
         return table
 
 
-_cache = _Cache(limit_bytes=256 << 20)
+cache = Cache(limit_bytes=256 << 20)
 
 
 def _digest(tensor: Tensor | None) -> bytes | None:
@@ -500,14 +506,16 @@ def cached_table(
     """
     start = run_start(T, S, q_pos, k_pos)
     split = (layout, *phases)
-    if start is not None and start >= 0 and not any(part.by_index for part in split):
-        n = _capacity(max(S, start + T))
+    n = _capacity(max(S, T if start is None else start + T))
+    # far beyond the keys most of a square table would be rows that nobody asks for
+    near = n <= 4 * _capacity(max(S, T))
+    if near and start is not None and start >= 0 and not any(part.by_index for part in split):
         key: tuple[Any, ...] = (tuple(part.spec for part in split), n, H if any(p.per_head for p in split) else 1)
-        return _cache.get(key, lambda: lower(layout, T=n, S=n, phases=phases, heads=H)), start, True
+        return cache.get(key, lambda: lower(layout, T=n, S=n, phases=phases, heads=H)), start, True
     if start is not None and q_pos is None and start < 0:
         q_pos = torch.arange(start, S, device="cpu")[None]
     tensors = [t for part in split for t in part.tensors]
     content = tuple(_digest(t) for t in (*tensors, q_pos, k_pos))
     key = (tuple(part.spec for part in split), B, H, T, S, content)
     make = functools.partial(lower, layout, T=T, S=S, phases=phases, batch=B, heads=H, q_pos=q_pos, k_pos=k_pos)
-    return _cache.get(key, make), 0, start == 0
+    return cache.get(key, make), 0, start == 0

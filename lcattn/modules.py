@@ -530,6 +530,11 @@ def _hidden(name: str, mask: Tensor) -> Tensor:
         return mask
     if not mask.is_floating_point():
         raise TypeError(f"{name}: expected bool or float, got {mask.dtype}")
+    if mask.requires_grad:
+        raise ValueError(
+            f"{name}: a mask that requires a gradient would not get one; give a term that depends on distance as"
+            " position=RelativeBias(...) or Alibi(...)"
+        )
     hidden = mask <= HIDDEN
     plain = (hidden | (mask == 0)).all()
     message = (

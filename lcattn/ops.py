@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_included, _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -73,6 +73,7 @@ def is_unwatched(tensors: Iterable[Tensor]) -> bool:
         is_compiling()
         or _get_tracing_state()
         or _len_torch_dispatch_stack()
+        or _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
         or peek_interpreter_stack()
         or forward_ad._current_level >= 0
         or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)

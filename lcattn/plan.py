@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 
 from .cpu import _C, DECODE_QUERIES, KERNEL_DTYPES, MAX_HEAD_DIM, new_lse, outputs
 from .inputs import kernel_inputs
 from .layout import Layout
+from .lowering import cache
 from .ops import is_unwatched
 from .position import RelativeBias
 from .problem import Problem
@@ -23,6 +25,8 @@ from .problem import Problem
 # of what a key of `_plans` holds, and of shapes and strides for each
 _MAX_KEYS, _MAX_PLANS = 64, 32
 _plans: dict[Hashable, Any] = {}
+# tables that the cache of lowering had dropped when plans were last looked through
+_n_dropped = 0
 
 
 def attention(
@@ -37,11 +41,12 @@ def attention(
         None where a call can have no plan.
     """
     q, k, v, layout, position, scale, softcap, sink, key_mask, q_pos, k_pos, dropout = call
-    if _C is None or backend not in ("auto", "cpu") or dropout != 0 or not isinstance(layout, Layout):
+    if _C is None or backend not in ("auto", "cpu") or not isinstance(layout, Layout):
         return None
     if key_mask is not None or q_pos is not None or k_pos is not None:
         return None
-    if not is_unwatched(()) or torch.is_autocast_enabled("cpu"):
+    # a profile shows operators, of which a plan has none
+    if not is_unwatched(()) or torch.is_autocast_enabled("cpu") or _profiler_enabled():
         return None
     bias = first = None
     if isinstance(position, (list, tuple)) and len(position) < 2:
@@ -53,25 +58,36 @@ def attention(
     for number in (scale, softcap):
         if not (number is None or isinstance(number, (int, float))):
             return None
+    if not isinstance(dropout, (int, float)) or dropout != 0:
+        return None
     key = (layout.spec, first, scale, softcap)
     tensors = (q, k, v, bias, sink)
     grad = torch.is_grad_enabled()
     lse = new_lse if with_lse else None
-    plans = _plans.get(key)
-    if plans is not None and (found := plans.run(*tensors, grad, lse)) is not None:
-        return found
-    # tables of layouts that read indices are made for a length, those of others serve many
-    if layout.by_index or layout.by_content or not (_C.are_plain(*tensors, grad) and _decodes(*tensors)):
-        return None
-    problem = make_problem(*call)
-    if plans is None:
+    if (plans := _plans.pop(key, None)) is None:
         plans = _C.CpuPlans(_MAX_PLANS)
-    plans.add(*_forward(problem), *tensors)
+    # the last used one stands last
     _plans[key] = plans
-    if len(_plans) > _MAX_KEYS:
-        # in one step, since another thread may do the same
-        _plans.pop(list(_plans)[0], None)  # noqa: RUF015
+    if (found := plans.run(*tensors, grad, lse)) is not None:
+        return found
+    # tables of layouts that read indices are made for a length, those of others serve many; and a call is no
+    # repetition before it comes again
+    if layout.by_index or layout.by_content or not (plans.missed_again and _decodes(*tensors)):
+        _drop_plans(keep=_MAX_KEYS)
+        return None
+    plans.add(*_forward(make_problem(*call)), *tensors)
+    _drop_plans(keep=_MAX_KEYS)
     return plans.run(*tensors, grad, lse)
+
+
+def _drop_plans(keep: int) -> None:
+    global _n_dropped
+    if _n_dropped != cache.n_dropped:
+        # tables that the cache let go of live on in plans
+        _n_dropped, keep = cache.n_dropped, 1
+    for key in list(_plans)[: max(len(_plans) - keep, 0)]:
+        # another thread may have done so
+        _plans.pop(key, None)
 
 
 def _decodes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink: Tensor | None) -> bool:
@@ -80,9 +96,10 @@ def _decodes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink: Tensor 
     return few and all(t is None or (t.dtype is torch.float32 and t.is_contiguous()) for t in (bias, sink))
 
 
-def _forward(problem: Problem) -> tuple[int, Any]:
-    """The address of a forward's `Problem` in C++, and what it points to, but for the tensors of a call."""
+def _forward(problem: Problem) -> tuple[int, Any, Tensor, Tensor]:
+    """The address of a forward's `Problem` in C++, what it points to but for the tensors of a call, out and lse."""
     _, inputs = kernel_inputs(problem, transposed=False)
     bytes_ = torch.empty(_C.cpu_plan_bytes, dtype=torch.uint8, device="cpu")
-    torch.ops.lcattn.cpu_forward_plan(*inputs, *outputs(problem.q[0]), bytes_)
-    return bytes_.data_ptr(), (bytes_, inputs._replace(q=[], k=[], v=[], bias=None, sink=None))
+    out, lse = outputs(problem.q[0])
+    torch.ops.lcattn.cpu_forward_plan(*inputs, out, lse, bytes_)
+    return bytes_.data_ptr(), (bytes_, inputs._replace(q=[], k=[], v=[], bias=None, sink=None)), out, lse

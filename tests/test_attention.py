@@ -56,7 +56,7 @@ def test_the_default_device_changes_nothing(position, T, seed, monkeypatch):
     # a meta tensor where one of the CPU belongs has no values
     for device in ("meta", "cpu"):
         # as in a process that knows no table yet
-        monkeypatch.setattr(lowering, "_cache", lowering._Cache(1 << 20))
+        monkeypatch.setattr(lowering, "cache", lowering.Cache(1 << 20))
         with torch.device(device):
             for pattern in patterns:
                 found.append(lcattn.attention_with_lse(q, k, v, layout=pattern, position=how))
@@ -351,3 +351,15 @@ def test_coordinates_beyond_32_bit_offsets_are_refused(name, far, seed):
     given = {"q_pos": near, "k_pos": near} | {name: near + far}
     with pytest.raises(ValueError, match=f"{name}: expected coordinates between -2"):
         lcattn.attention(q, k, v, position=lcattn.Alibi(torch.full((2,), 1e-9)), **given)
+
+
+def test_queries_far_beyond_the_keys_cost_their_own_blocks(seed):
+    draw = Draw(seed)
+    q, k = draw.normal(1, 2, 7, 16), draw.normal(1, 2, 33, 16)
+    for start in (10**4, 10**9):
+        q_pos, layout = torch.arange(start, start + 7), lcattn.Window(start - 20, 0)
+        table, _, _ = lowering.cached_table(layout, (lcattn.Full(),), 1, 2, 7, 33, q_pos[None], None)
+        assert table.nbytes < 1 << 16
+        got = lcattn.attention(q, k, k, layout=layout, q_pos=q_pos)
+        assert torch.equal(got, lcattn.attention(q, k, k, layout=layout, q_pos=q_pos, k_pos=torch.arange(33)))
+        assert float(got.abs().max()) > 0

@@ -196,3 +196,35 @@ def test_models_that_compute_with_the_values_of_their_mask(seed: int) -> None:
         on(model, "lcattn")(torch.randint(3, VOCAB, (B, T)))
     with pytest.raises(NotImplementedError, match=r"is no tensor.*met in add"):
         torch.zeros(B, 4, T, T) + hf.make_mask(B, T, T)
+
+
+def test_a_mask_function_that_wraps_another(seed: int) -> None:
+    @functools.wraps(mu.causal_mask_function)
+    def thinned(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return mu.causal_mask_function(b, h, q, k) & ((q - k) % 3 == 0)
+
+    rows, columns = torch.arange(T)[:, None], torch.arange(T)
+    _agrees_with_dense(thinned, thinned(0, 0, rows, columns).expand(B, 1, T, T))
+
+
+def test_a_mask_function_that_begins_to_read_the_batch(seed: int) -> None:
+    state: list[Tensor] = []
+
+    class Function:
+        # not hashable
+        __eq__ = None
+
+        def __call__(self, b: Any, h: Any, q: Any, k: Any) -> Any:
+            return (state[0][b, k] if state else q >= 0) | (q == k)
+
+    function = Function()
+    _agrees_with_dense(function, torch.ones(B, 1, T, T, dtype=torch.bool))
+    state.append(torch.rand(B, T) < 0.6)
+    _agrees_with_dense(function, state[0][:, None, None] | torch.eye(T, dtype=torch.bool))
+
+
+def _agrees_with_dense(function: Any, dense: Tensor) -> None:
+    # equal scores and one-hot values: an output is nonzero where a key is seen
+    q, v = torch.zeros(B, 2, T, T), torch.eye(T).expand(B, 2, T, T).clone()
+    out, _ = hf.attention_forward(nn.Module(), q, q, v, hf.make_mask(B, T, T, mask_function=function))
+    assert torch.equal(out.transpose(1, 2) > 0, dense.expand(B, 2, T, T))

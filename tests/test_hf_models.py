@@ -123,7 +123,9 @@ def test_dropout_is_applied(seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_lora_step(name: str, seed: int) -> None:
-    targets = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"], "t5": ["q", "v"]}[name]
+    targets = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"], "t5": ["q", "v", "relative_attention_bias"]}[
+        name
+    ]
     model = peft.get_peft_model(make(name), peft.LoraConfig(target_modules=targets, init_lora_weights=False)).eval()
     inputs = batch(model, "right")
     compare(model, inputs, lambda m: hf.use(m, lcattn.Full()))
@@ -203,3 +205,10 @@ def test_real_smollm2() -> None:
         torch.testing.assert_close(got.logits, want.logits, rtol=1e-3, atol=1e-3)
         longer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         assert torch.equal(longer, on(model, "sdpa").generate(**inputs, max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize("name", ["block_indices", "indices", "sinks"])
+def test_selections_beside_the_mask_are_refused(name: str, seed: int) -> None:
+    q = torch.randn(B, 2, 5, 8)
+    with pytest.raises(NotImplementedError, match=f"its {name} choose what is seen"):
+        hf.attention_forward(nn.Module(), q, q, q, None, **{name: torch.zeros(1)})

@@ -289,3 +289,9 @@ def test_positions_are_registered() -> None:
     half = copy.deepcopy(both).to(torch.bfloat16)
     assert half.position[0].table.dtype == half.position[2].slopes.dtype == torch.bfloat16
     assert half(x.bfloat16(), x.bfloat16(), x.bfloat16())[0].dtype == torch.bfloat16
+
+
+def test_a_mask_that_would_be_trained_is_refused() -> None:
+    x, mask = torch.randn(1, 5, 8), torch.nn.Parameter(torch.zeros(5, 5))
+    with pytest.raises(ValueError, match="attn_mask: a mask that requires a gradient would not get one"):
+        lcattn.modules.MultiheadAttention(8, 2, batch_first=True)(x, x, x, attn_mask=mask)

@@ -325,9 +325,11 @@ def _closure(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _maker(function: Callable[..., Any]) -> str | None:
     """The function of masking_utils that `function` is, or that made it."""
-    if getattr(function, "__module__", None) != masking_utils.__name__:
+    # a name alone may be borrowed, by functools.wraps
+    code = getattr(function, "__code__", None)
+    if getattr(function, "__module__", None) != masking_utils.__name__ or code is None:
         return None
-    return function.__qualname__.partition(".")[0]
+    return function.__qualname__.partition(".")[0] if code.co_filename == masking_utils.__file__ else None
 
 
 def _later_than(offset: int) -> Layout:
@@ -418,11 +420,6 @@ _numbers = itertools.count()
 _N_FUNCTIONS = 1024
 
 
-@functools.lru_cache(maxsize=256)
-def _reads_batch(function: Callable[..., Any]) -> bool:
-    return reads_batch_and_head(function)[0]
-
-
 @register
 @dataclass(frozen=True, repr=False, eq=False)
 class MaskFunction(Layout):
@@ -441,7 +438,7 @@ class MaskFunction(Layout):
     @classmethod
     def of(cls, function: Callable[..., Any], q_offset: int, kv_offset: int) -> MaskFunction:
         number = next(_numbers)
-        _functions[number] = (function, _reads_batch(function))
+        _functions[number] = (function, reads_batch_and_head(function)[0])
         while len(_functions) > _N_FUNCTIONS:
             _functions.popitem(last=False)
         return cls(number, q_offset, kv_offset)

@@ -18,10 +18,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from ..api import attention
 from ..layout import Layout
-from ..position import Position, T5Bias, Terms, lower
+from ..position import Position, Terms, lower
 from ..position.rotary import Turning
 from . import swap
 from .masks import Conversion, Mask, make_mask, mask_of
+from .swap.base import BucketTable
 
 NAME = "lcattn"
 
@@ -35,6 +36,10 @@ def register() -> None:
     """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, make_mask)
+
+
+# what models tell their attention besides the mask: MiniMax-M3's blocks, DeepSeek's indexer, Inkling's sinks of a query
+_SELECTIONS = ("block_indices", "indices", "sinks")
 
 
 def attention_forward(
@@ -67,14 +72,20 @@ def attention_forward(
         ValueError, NotImplementedError: what the operator cannot honour is never ignored.
     """
     if isinstance(position_bias, Tensor):
+        hint = "; lcattn.hf.use(model, layout) passes the bucket table of T5 and MT5 instead"
         raise NotImplementedError(
-            f"{type(module).__name__}: a dense position bias is not supported; lcattn.hf.use(model, layout)"
-            " passes the bucket table of T5 and MT5 instead"
+            f"{type(module).__name__}: a dense position bias is not supported"
+            + (hint if hasattr(module, "has_relative_attention_bias") else "")
         )
     if kwargs.get("cache") is not None:
         raise NotImplementedError(
             "continuous batching's paged cache is not supported; use generate() or another backend"
         )
+    for name in _SELECTIONS:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"{type(module).__name__}: its {name} choose what is seen, which is not supported"
+            )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     mask = mask_of(attention_mask, query, key.shape[2], is_causal)
@@ -337,7 +348,10 @@ def _give_buckets(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, 
     if kwargs.get("position_bias") is None:
         bias: Position = Terms()
         if module.has_relative_attention_bias:
-            weight = module.relative_attention_bias.weight
-            bias = T5Bias(weight, not module.is_decoder, module.relative_attention_max_distance)
+            bias = BucketTable(
+                module.relative_attention_bias,
+                not module.is_decoder,
+                module.relative_attention_max_distance,
+            )
         kwargs["position_bias"] = bias
     return args, kwargs

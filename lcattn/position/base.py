@@ -75,7 +75,7 @@ def lower(
     if position is None:
         return Terms()
     if not isinstance(position, (list, tuple)):
-        if isinstance(position, type) or not hasattr(position, "lower"):
+        if isinstance(position, (type, str)) or not hasattr(position, "lower"):
             got = f"the class {position.__name__}" if isinstance(position, type) else type(position).__name__
             raise TypeError(f"position must be a position such as RelativeBias(...), got {got}")
         return position.lower(q, k, v, q_pos, k_pos)  # type: ignore[union-attr]

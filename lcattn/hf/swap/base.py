@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from ...layout import Full, Layout
-from ...position import Position
+from ...position import Position, T5Bias, Terms
 from ..masks import Conversion, Mask, View
 
 
@@ -67,3 +69,21 @@ def coordinates(pos: Tensor | None, n: int, device: torch.device) -> Tensor:
 
 def dropout_of(module: nn.Module, probability: float) -> float:
     return probability if module.training else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class BucketTable:
+    """T5Bias of a table that is asked for anew by each layer, as the model asks it.
+
+    An adapter may stand around the table; and what a reentrant checkpoint computes again must not share a graph with
+    what it does not.
+    """
+
+    embedding: nn.Module
+    bidirectional: bool
+    max_distance: int
+
+    def lower(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> Terms:
+        table: Tensor = self.embedding.weight  # type: ignore[assignment]
+        weight = self.embedding(torch.arange(table.shape[0], device=table.device))
+        return T5Bias(weight, self.bidirectional, self.max_distance).lower(q, k, v, q_pos, k_pos)

@@ -14,17 +14,17 @@ from transformers.models.longt5 import modeling_longt5
 
 from ...api import attention_with_lse, merge
 from ...layout import Window
-from ...position import Position, T5Bias
+from ...position import Position
 from . import replaces
-from .base import dropout_of, join_heads, positions_of, real_keys, refuse_weights, split_heads, view_of
+from .base import BucketTable, dropout_of, join_heads, positions_of, real_keys, refuse_weights, split_heads, view_of
 
 
 @dataclass(frozen=True)
 class _Biases:
     """What the first layer hands to the others in place of a dense position bias."""
 
-    local: T5Bias
-    side: T5Bias | None = None
+    local: BucketTable
+    side: BucketTable | None = None
 
 
 class _Local(nn.Module):
@@ -96,8 +96,8 @@ class _Local(nn.Module):
             return None
         return _Biases(self._bias(self.relative_attention_bias))
 
-    def _bias(self, table: nn.Embedding) -> T5Bias:
-        return T5Bias(table.weight, not self.is_decoder, self.relative_attention_max_distance)
+    def _bias(self, table: nn.Embedding) -> BucketTable:
+        return BucketTable(table, not self.is_decoder, self.relative_attention_max_distance)
 
     def _real(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
         """Who is real, [B, T] bool."""
