@@ -441,22 +441,22 @@ class Cache:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes, self.n_bytes, self.n_dropped = limit_bytes, 0, 0
-        self._tables: OrderedDict[Any, BlockTable] = OrderedDict()
+        self.tables: OrderedDict[Any, BlockTable] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: Any, make: Callable[[], BlockTable]) -> BlockTable:
         with self._lock:
-            if (table := self._tables.get(key)) is not None:
-                self._tables.move_to_end(key)
+            if (table := self.tables.get(key)) is not None:
+                self.tables.move_to_end(key)
                 return table
         made = make()
         with self._lock:
             # another thread may have made it meanwhile
-            table = self._tables.setdefault(key, made)
+            table = self.tables.setdefault(key, made)
             if table is made:
                 self.n_bytes += table.nbytes
-            while self.n_bytes > self.limit_bytes and len(self._tables) > 1:
-                self.n_bytes -= self._tables.popitem(last=False)[1].nbytes
+            while self.n_bytes > self.limit_bytes and len(self.tables) > 1:
+                self.n_bytes -= self.tables.popitem(last=False)[1].nbytes
                 self.n_dropped += 1
         return table
 

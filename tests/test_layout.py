@@ -4,6 +4,8 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -270,10 +272,24 @@ def test_content_keyed_cache_tells_documents_apart():
 
 
 def test_cache_is_bounded():
-    cache = lowering._Cache(limit_bytes=20_000)
+    cache = lowering.Cache(limit_bytes=20_000)
     for chunk in range(1, 60):
         cache.get(chunk, lambda chunk=chunk: lower(lcattn.Chunked(chunk), T=300, S=300))
     assert cache.n_bytes <= 20_000 and cache.n_bytes == sum(t.nbytes for t in cache.tables.values())
+    assert cache.n_dropped == 59 - len(cache.tables) > 0
+
+
+def test_cache_counts_a_table_once_that_two_threads_make():
+    cache = lowering.Cache(limit_bytes=1 << 20)
+    both = threading.Barrier(2)
+
+    def make() -> lowering.BlockTable:
+        both.wait()
+        return lower(lcattn.Causal(), T=300, S=300)
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: cache.get("causal", make), range(2))
+    assert one is other and cache.n_bytes == one.nbytes
 
 
 def test_random_is_the_same_whatever_the_length():

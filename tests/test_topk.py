@@ -332,11 +332,11 @@ def test_tables_of_a_selection_are_not_kept(seed):
     q, k, v = tensors(Draw(seed), Shape(1, 2, 2, 300, 300, 8))
     layout = (lcattn.Chunked(77) | TopKBlocks(2)) & lcattn.Causal()
     lcattn.attention(q, k, v, layout=layout)
-    before = list(lowering._cache.tables)
+    before = list(lowering.cache.tables)
     for _ in range(3):
         k = k.roll(40, 2)
         lcattn.attention(q, k, v, layout=layout)
-    assert list(lowering._cache.tables) == before
+    assert list(lowering.cache.tables) == before
 
 
 @pytest.mark.parametrize("block", [64, 16, 10])
