@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
 import platform
 import statistics
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -114,16 +116,26 @@ def blank(run: str | None = None) -> Row:
     )
 
 
+_NAMES = [f.name for f in fields(Row)]
+
+
+def _whole_lines(path: Path) -> tuple[list[str], str]:
+    """The lines of a CSV of rows, and what follows the last line's end. ValueError if its columns are others."""
+    *lines, torn = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    header = [*lines, torn][0]
+    if header and header != ",".join(_NAMES):
+        raise ValueError(f"{path} has other columns; give another file with --csv")
+    return lines, torn
+
+
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Adds rows to a CSV, which gets its header when it is made."""
+    """Adds rows to a CSV, which gets its header when it is made or empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = [f.name for f in fields(Row)]
-    if path.exists():
-        with path.open(newline="") as file:
-            if next(csv.reader(file), None) != names:
-                raise ValueError(f"{path} has other columns; give another file with --csv")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, names)
+    # a line that a killed process left unfinished would swallow the first row
+    if path.exists() and (torn := _whole_lines(path)[1]):
+        os.truncate(path, path.stat().st_size - len(torn.encode(errors="surrogateescape")))
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _NAMES)
         if file.tell() == 0:
             writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
@@ -134,9 +146,13 @@ def read(path: Path, run: str | None = None) -> list[Row]:
     kinds = {"int": int, "float": float, "str": str}
     if not path.is_file():
         raise ValueError(f"{path} does not exist; measure first")
-    with path.open(newline="") as file:
-        rows = [Row(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]
-    run = run or (rows[-1].run if rows else "")
+    lines, torn = _whole_lines(path)
+    if torn:
+        print(f"note: {path}: the last line is incomplete and left out", file=sys.stderr)
+    rows = [Row(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(Row)}) for line in csv.DictReader(lines)]
+    if not rows:
+        raise ValueError(f"{path} is empty; measure first")
+    run = run or rows[-1].run
     found = [row for row in rows if row.run == run]
     if not found:
         raise ValueError(f"{path} holds no rows of run {run!r}; it has {sorted({row.run for row in rows})}")

@@ -142,6 +142,21 @@ def test_csv_round_trip(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="other columns"):
         records.append(tmp_path / "other.csv", rows)
+    with pytest.raises(ValueError, match="other columns"):
+        records.read(tmp_path / "other.csv")
+
+
+def test_csv_of_a_killed_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, rows = tmp_path / "rows.csv", _rows()
+    path.touch()
+    with pytest.raises(ValueError, match="is empty"):
+        records.read(path)
+    records.append(path, rows[:3])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    assert records.read(path) == rows[:2] and "incomplete" in capsys.readouterr().err
+    records.append(path, rows[2:])
+    assert records.read(path) == rows and not capsys.readouterr().err
 
 
 def test_report_and_plots_come_from_the_csv(tmp_path: Path) -> None:
