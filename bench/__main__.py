@@ -84,6 +84,10 @@ def main(
         return
     _check_names("--workload", workload, [*WORKLOADS, *OTHER])
     _check_names("--provider", provider, PROVIDERS)
+    try:
+        append(csv, [])
+    except (OSError, ValueError) as error:
+        raise _fail(error) from None
     silent = run is not None
     if quick:
         rounds = min(rounds, 3)
@@ -137,7 +141,7 @@ def show(
     """Show a measured run again, tables and plots, from the CSV alone."""
     try:
         _show(csv, run, plots)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise _fail(error) from None
 
 

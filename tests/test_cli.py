@@ -210,12 +210,17 @@ def test_bench_commands(tmp_path: Path) -> None:
 
     runner = CliRunner()
     assert "--quick" in runner.invoke(app, ["--help"]).output
+    other = tmp_path / "other.csv"
+    other.write_text("a,b")
     listed = runner.invoke(app, ["list"])
     assert listed.exit_code == 0 and "longformer" in listed.output and "65,536" in listed.output
     for arguments, message in (
         (["--workload", "x"], "--workload: expected one of main"),
         (["--provider", "x"], "--provider: expected one of lcattn"),
         (["report", "--csv", str(tmp_path / "x.csv")], "does not exist"),
+        (["report", "--csv", str(other)], "other columns"),
+        (["--csv", str(other)], "other columns"),
+        (["--csv", str(tmp_path)], "error: [Errno"),
         (["compare", "HEAD", "--workload", "x"], "--workload: expected one of main"),
     ):
         result = runner.invoke(app, arguments)
