@@ -75,6 +75,7 @@ class Provider:
         prepare: from workload, inputs and whether gradients are wanted.
         needs: a package that must be installed.
         backward: None, or why it has no backward pass here.
+        fixed_bias: its position takes no gradient, which is less work; otherwise the gate asks for that gradient.
         reject: why it cannot compute a workload, or None if it can.
     """
 
@@ -84,6 +85,7 @@ class Provider:
     prepare: Callable[[Workload, Inputs, bool], Prepared]
     needs: str | None = None
     backward: str | None = None
+    fixed_bias: bool = False
     reject: Callable[[Workload], str | None] = lambda workload: None
 
     def supports(self, workload: Workload, measure: str) -> str | None:
@@ -396,6 +398,7 @@ PROVIDERS = {
             "SDPA, folded chunks, fixed bias",
             "no gradient of the bias: less work, fused both ways",
             functools.partial(_folded, learn_bias=False),
+            fixed_bias=True,
             reject=_whole_chunks,
         ),
         Provider(
@@ -493,7 +496,8 @@ def own_answer(prepared: Prepared, w: Workload, inputs: Inputs, grad: bool) -> d
     out.backward(prepared.own(inputs.dout))
     found = {"out": prepared.heads_first(out.detach(), w.H)}
     for name, leaf in prepared.leaves.items():
-        found[f"d{name}"] = leaf.grad if name == "table" else prepared.heads_first(leaf.grad, w.H)
+        if leaf.grad is not None:
+            found[f"d{name}"] = leaf.grad if name == "table" else prepared.heads_first(leaf.grad, w.H)
     return found
 
 
@@ -520,6 +524,10 @@ def gate(provider: Provider, w: Workload, measure: str, seed: int) -> Verdict:
     grad = measure == "forward+backward"
     prepared = provider.prepare(small, inputs, grad)
     got = own_answer(prepared, small, inputs, grad)
+    learned = ("dtable",) if prepared.position and not provider.fixed_bias else ()
+    asked = {"out", *(("dq", "dk", "dv", *learned) if grad else ())}
+    if got.keys() != asked:
+        return Verdict(False, f"wrong answer: expected {', '.join(sorted(asked))}, got {', '.join(sorted(got))}")
     truth = reference_answer(prepared, inputs, torch.float64, reference.gradients)
     eager = reference_answer(prepared, inputs, w.dtype, reference.recomputed_gradients)
     over, wrong = [], []

@@ -59,9 +59,16 @@ def _no_bias_gradient(w: Workload, inputs: Inputs, grad: bool) -> Prepared:
     return right
 
 
-@pytest.mark.parametrize("defect", [_shifted, _two_sided, _no_bias_gradient])
+def _unlearned(w: Workload, inputs: Inputs, grad: bool) -> Prepared:
+    """The right output, with no gradient of the bias offered."""
+    right = PROVIDERS["lcattn"].prepare(w, inputs, grad)
+    right.leaves["table"].requires_grad_(False)
+    return dataclasses.replace(right, leaves={name: right.leaves[name] for name in "qkv"})
+
+
+@pytest.mark.parametrize("defect", [_shifted, _two_sided, _no_bias_gradient, _unlearned])
 def test_wrong_answers_are_caught(defect: object, seed: int) -> None:
-    broken = Provider("broken", "broken", "", defect)  # type: ignore[arg-type]
+    broken = Provider("broken", "broken", "", defect, fixed_bias=defect is _shifted)  # type: ignore[arg-type]
     verdict = gate(broken, TINY, "forward+backward", seed)
     assert not verdict.ok and "wrong answer" in verdict.remark
 
