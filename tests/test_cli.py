@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,14 +172,15 @@ def test_demo_reads_with_each_attention(tmp_path: Path, seed: int) -> None:
         demo.Reader("causal", from_spec("Causal()")),
         demo.Reader("chunked", from_spec("(Chunked(64) | Global(4)) & Causal()")),
     ]
-    found = demo.compare_readers(model, torch.randint(97, (1, 400)), readers, rounds=2)
+    *_, found = demo.compare_readers(model, torch.randint(97, (1, 400)), readers, rounds=2)
     assert model.config._attn_implementation == "sdpa"
     truth, same, chunked = (found[reader.name].losses for reader in readers)
     assert float((truth - same).abs().max()) < 1e-3
     torch.testing.assert_close(truth[:127], chunked[:127], rtol=1e-3, atol=1e-3)
     assert float((truth[128:] - chunked[128:]).abs().max()) > 1e-2
     assert all(len(reading.seconds) == 2 for reading in found.values())
-    written = demo.save_readings(found, tmp_path / "out")
+    tables = demo.save_readings(found, tmp_path)
+    written = [*tables, *demo.draw_readings(*tables, tmp_path / "out")]
     assert [path.suffix for path in written] == [".csv", ".csv", ".png", ".png"]
     assert written[0].read_text().splitlines()[0] == "token,torch sdpa,causal,chunked"
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written[2:])
@@ -203,6 +206,34 @@ def test_demo_refuses_a_length_before_it_loads(tokens: str, monkeypatch: pytest.
     monkeypatch.setattr(demo, "load", lambda: pytest.fail("loaded"))
     result = _run("demo", "--tokens", tokens)
     assert result.exit_code == 2 and f"tokens: the model reads 2 to 8192 of them, got {tokens}" in result.output
+
+
+@pytest.mark.parametrize("peers", ["--peers", "--no-peers"])
+def test_demo_refuses_files_before_it_loads(peers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "missing", list)
+    monkeypatch.setattr(demo, "load", lambda: pytest.fail("loaded"))
+    taken = tmp_path / "taken"
+    taken.touch()
+    result = _run("demo", peers, "--out", str(taken / "x"))
+    assert result.exit_code == 2 and "out: cannot write into" in result.output
+    monkeypatch.setattr(demo, "long_text", lambda *_: taken.rmdir())
+    result = _run("demo", peers, "--out", str(tmp_path / "new"))
+    assert result.exit_code == 2 and "error: [Errno" in result.output
+
+
+def test_demo_keeps_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> Iterator[dict[str, demo.Reading]]:
+        yield {"one": demo.Reading(torch.ones(3), [1.0], [0.5])}
+        raise KeyboardInterrupt
+
+    tokenizer = SimpleNamespace(input_ids=torch.zeros(1, 4, dtype=torch.int64))
+    monkeypatch.setattr(demo, "missing", list)
+    monkeypatch.setattr(demo, "load", lambda: (None, lambda *_, **__: tokenizer))
+    monkeypatch.setattr(demo, "compare_readers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(4, None, tmp_path, 1, False, lambda _: None)
+    assert (tmp_path / "demo-losses.csv").read_text().split() == ["token,one", "1,1.0", "2,1.0", "3,1.0"]
+    assert (tmp_path / "demo-times.csv").read_text().split()[1] == "one,0,1.0,0.5"
 
 
 def test_bench_commands(tmp_path: Path) -> None:
