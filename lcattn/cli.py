@@ -75,7 +75,7 @@ def show(
         drawn = png and plot.save_layout(
             plot.picture(found, tokens, tokens, cells=512, head=head), f"{found}, {tokens:,} tokens", png
         )
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise _fail(error) from None
     n_heads = table.seg_ptr.shape[1]
     typer.echo(plot.terminal(image))

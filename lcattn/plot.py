@@ -137,6 +137,10 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: Path) -> Path:
+    """Writes the figure, and gives the path with the suffix that a name without one gets."""
+    if path.suffix.lower() not in ("", ".png"):
+        raise ValueError(f"plots are written as PNG: expected a name that ends in .png, got {path}")
+    path = path.with_suffix(path.suffix or ".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight")
     _pyplot().close(figure)

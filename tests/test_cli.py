@@ -45,6 +45,21 @@ def test_show_draws_and_counts(tmp_path: Path) -> None:
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_show_writes_png_where_it_says(tmp_path: Path) -> None:
+    def show(path: Path) -> Result:
+        return _run("show", "Causal()", "--tokens", "9", "--png", str(path))
+
+    result = show(tmp_path / "sub" / "x")
+    assert result.exit_code == 0 and "sub/x.png" in result.output.replace("\n", "")
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["x.png"]
+    for path, message in (
+        (tmp_path / "x.jpg", "ends in .png"),
+        (tmp_path / "sub" / "x.png" / "y.png", "error: [Errno"),
+    ):
+        result = show(path)
+        assert result.exit_code == 2 and message in result.output and not path.exists()
+
+
 @pytest.mark.parametrize(
     "spec, T, S",
     [
