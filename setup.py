@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 # the oldest torch whose stable ABI has all we call: major in the top byte, minor in the next
@@ -219,6 +220,14 @@ class NinjaBuild(build_ext):
             os.replace(f"{target}.new", target)
 
 
+class InstalledModules(build_py):
+    """Leaves out what runs in the source tree only: it imports the tests."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        return [m for m in found if (package, m[1][:4]) != ("lcattn.bench", "gpu_")]
+
+
 setup(
     packages=[
         *find_packages(include=["lcattn", "lcattn.*"]),
@@ -228,6 +237,6 @@ setup(
     ],
     package_dir={"lcattn.bench": "bench", "lcattn.triton_kernels": "triton_kernels"},
     ext_modules=[Extension("lcattn._C", sources=[])],
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": NinjaBuild, "build_py": InstalledModules},
     setup_requires=[] if find_torch() else [TORCH_PIN],
 )

@@ -243,6 +243,7 @@ def test_a_wheel_holds_kernels_and_every_module(tmp_path: Path) -> None:
     for folder, package in (("lcattn", "lcattn"), ("triton_kernels", "lcattn/triton_kernels")):
         sources = {path.relative_to(ROOT / folder).as_posix() for path in (ROOT / folder).rglob("*.py")}
         assert {f"{package}/{source}" for source in sources} <= names
+    assert "lcattn/bench/__main__.py" in names and not [name for name in names if "/bench/gpu_" in name]
     assert not [name for name in names if name.startswith(("tests", "bench", "triton_kernels"))]
 
 
