@@ -238,7 +238,10 @@ def test_a_wheel_holds_kernels_and_every_module(tmp_path: Path) -> None:
     command += ["bdist_wheel", "--bdist-dir", tmp_path / "wheel", "--dist-dir", tmp_path / "dist"]
     subprocess.run([sys.executable, "setup.py", "-q", *command], cwd=ROOT, check=True, timeout=600)
     (wheel,) = (tmp_path / "dist").glob("lcattn-*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
+    assert (ROOT / "README.md").read_text(encoding="utf-8") in metadata
     assert f"lcattn/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in names
     for folder, package in (("lcattn", "lcattn"), ("triton_kernels", "lcattn/triton_kernels")):
         sources = {path.relative_to(ROOT / folder).as_posix() for path in (ROOT / folder).rglob("*.py")}
