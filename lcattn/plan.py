@@ -70,21 +70,20 @@ def attention(
     _plans[key] = plans
     if (found := plans.run(*tensors, grad, lse)) is not None:
         return found
+    _drop_plans()
     # tables of layouts that read indices are made for a length, those of others serve many; and a call is no
     # repetition before it comes again
     if layout.by_index or layout.by_content or not (plans.missed_again and _decodes(*tensors)):
-        _drop_plans(keep=_MAX_KEYS)
         return None
     plans.add(*_forward(make_problem(*call)), *tensors)
-    _drop_plans(keep=_MAX_KEYS)
     return plans.run(*tensors, grad, lse)
 
 
-def _drop_plans(keep: int) -> None:
+def _drop_plans() -> None:
+    """All but the last used keys; all but the last one where tables that the cache let go of live on in plans."""
     global _n_dropped
-    if _n_dropped != cache.n_dropped:
-        # tables that the cache let go of live on in plans
-        _n_dropped, keep = cache.n_dropped, 1
+    keep = _MAX_KEYS if _n_dropped == cache.n_dropped else 1
+    _n_dropped = cache.n_dropped
     for key in list(_plans)[: max(len(_plans) - keep, 0)]:
         # another thread may have done so
         _plans.pop(key, None)

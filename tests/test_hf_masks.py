@@ -79,11 +79,7 @@ def test_mask_functions_equal_sdpa_mask(name: str, seed: int) -> None:
             known = not re.search("unknown|padding in or|elsewhere|jumps|offsets", name)
             assert known or left == 0 or "MaskFunction" in mask.layout.spec
             assert not known or "MaskFunction" not in mask.layout.spec
-            # equal scores and one-hot values: an output is nonzero where a key is seen
-            q, k = torch.zeros(B, 2, t, s), torch.zeros(B, 2, s, s)
-            v = torch.eye(s).expand(B, 2, s, s).clone()
-            out, _ = hf.attention_forward(nn.Module(), q, k, v, mask)
-            assert torch.equal(out.transpose(1, 2) > 0, want.expand(B, 2, t, s)), (
+            assert torch.equal(_seen(mask, t, s), want.expand(B, 2, t, s)), (
                 t,
                 s,
                 q_offset,
@@ -224,7 +220,12 @@ def test_a_mask_function_that_begins_to_read_the_batch(seed: int) -> None:
 
 
 def _agrees_with_dense(function: Any, dense: Tensor) -> None:
-    # equal scores and one-hot values: an output is nonzero where a key is seen
-    q, v = torch.zeros(B, 2, T, T), torch.eye(T).expand(B, 2, T, T).clone()
-    out, _ = hf.attention_forward(nn.Module(), q, q, v, hf.make_mask(B, T, T, mask_function=function))
-    assert torch.equal(out.transpose(1, 2) > 0, dense.expand(B, 2, T, T))
+    assert torch.equal(_seen(hf.make_mask(B, T, T, mask_function=function), T, T), dense.expand(B, 2, T, T))
+
+
+def _seen(mask: Any, t: int, s: int) -> Tensor:
+    """Who sees whom, [B, 2, t, s]: with equal scores and one-hot values an output is nonzero where a key is seen."""
+    q, k = torch.zeros(B, 2, t, s), torch.zeros(B, 2, s, s)
+    v = torch.eye(s).expand(B, 2, s, s).clone()
+    out, _ = hf.attention_forward(nn.Module(), q, k, v, mask)
+    return out.transpose(1, 2) > 0
